@@ -1,0 +1,120 @@
+"""The contract that every autoencoder keeps, and the simplest one that keeps it.
+
+Whoever calls ``encode`` gets latents of zero mean and unit variance per channel; whoever calls ``decode`` gives such
+latents. The statistics that make it so (``shift``, ``scale``) belong to the autoencoder and travel in its state dict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """What a diffusion model needs to know of its latents: (C, h, w) = (channels, H / factor, W / factor)."""
+
+    channels: int
+    factor: int
+    shift: Tensor  # (C,) mean of the raw latents
+    scale: Tensor  # (C,) standard deviation of the raw latents
+
+
+class Autoencoder(nn.Module):
+    """Base of all autoencoders. A kind implements ``moments`` (raw) and ``decode_raw``; the rest follows.
+
+    Args:
+        image_channels: channels of the pictures.
+        channels: channels C of the latent.
+        factor: side of a picture / side of its latent.
+    """
+
+    def __init__(self, image_channels: int, channels: int, factor: int):
+        super().__init__()
+        self.image_channels, self.channels, self.factor = image_channels, channels, factor
+        self.register_buffer("shift", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("statistics_count", torch.zeros((), dtype=torch.int64))  # pictures measured; 0: never
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # (B,3,H,W) -> (B,C,h,w) twice
+        """Mean and log-variance of q(z|x) before shift and scale; the log-variance of a deterministic kind is None."""
+        raise NotImplementedError(f"{type(self).__name__} has to implement moments(x)")
+
+    def decode_raw(self, z: Tensor) -> Tensor:  # (B,C,h,w) raw -> (B,3,H,W)
+        raise NotImplementedError(f"{type(self).__name__} has to implement decode_raw(z)")
+
+    @property
+    def spec(self) -> LatentSpec:
+        return LatentSpec(self.channels, self.factor, self.shift, self.scale)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        return (raw - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        return z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation (B,C,h,w) of q(z|x) at unit scale; None for deterministic kinds."""
+        self.check(x)
+        mean, logvar = self.moments(x)
+        std = None if logvar is None else (0.5 * logvar).exp() / self.scale.view(-1, 1, 1)
+        return self.normalise(mean), std
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Pictures (B,3,H,W) in [-1,1] -> latents (B,C,h,w) at unit scale: the mode, or a draw if a generator is given.
+
+        Raises:
+            ValueError: where the channels are not the autoencoder's, or a side is no multiple of ``factor``.
+        """
+        mean, std = self.posterior(x)
+        if generator is None or std is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
+        return mean + std * noise.to(mean.device)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B,C,h,w) at unit scale -> pictures (B,3,H,W), [-1,1] up to overshoot. The inverse of ``encode``."""
+        return self.decode_raw(self.denormalise(z))
+
+    @torch.no_grad()
+    def set_statistics(self, shift: Tensor, scale: Tensor, count: int) -> None:
+        """Store mean and standard deviation (C,) of the raw latents, measured over ``count`` pictures."""
+        if (scale < 1e-6).any():
+            dead = (scale < 1e-6).nonzero().flatten().tolist()
+            raise ValueError(f"latent channels {dead} have no variance: the autoencoder collapsed; lower its kl weight")
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
+        self.statistics_count.fill_(count)
+
+    def check(self, x: Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.image_channels:
+            raise ValueError(f"expected pictures (B,{self.image_channels},H,W), got {tuple(x.shape)}")
+        for name, side in zip(("height", "width"), x.shape[2:], strict=True):
+            if side % self.factor:
+                low = side // self.factor * self.factor
+                near = " or ".join(str(s) for s in (low, low + self.factor) if s)
+                raise ValueError(f"{name} {side} is no multiple of the autoencoder's factor {self.factor}: take {near}")
+
+    def content_hash(self) -> str:
+        """16 hex digits over every weight and buffer: two autoencoders with the same hash have the same latents."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+class Identity(Autoencoder):
+    """No autoencoder: diffusion in pixel space by configuration. Factor 1, the picture is its latent."""
+
+    def __init__(self, image_channels: int = 3):
+        super().__init__(image_channels, image_channels, 1)
+
+    def moments(self, x: Tensor) -> tuple[Tensor, None]:
+        return x, None
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        return z

@@ -1,0 +1,250 @@
+"""Stage 1 under Lightning: one forward pass a batch, one backward pass for autoencoder and critic together.
+
+Their losses share no weight (the critic is frozen while it judges and sees detached pictures while it learns), so the
+sum of both has the gradients of each. Every weight takes part in every backward pass: plain DDP needs no search for
+unused ones. Only the autoencoder's optimizer steps through Lightning, so ``global_step`` counts optimizer steps as
+with one optimizer and ``max_steps`` means what it says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from autoencoder.base import Autoencoder
+from autoencoder.bottlenecks import summed
+from autoencoder.critics import Adversarial
+from autoencoder.losses import ReconstructionLoss, psnr
+from autoencoder.statistics import Tally
+from ldm.common.build import Block
+from ldm.common.ema import Ema
+from ldm.common.optim import make_optimizer, make_schedule
+from ldm.common.random import normal
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 3  # batches in a row with inf or nan that end the run
+
+
+class AutoencoderModule(pl.LightningModule):
+    """Trains an autoencoder on batches {"image": (B,C,H,W) in [-1,1], "position": (B,)}.
+
+    Args:
+        autoencoder: ``forward(x, noise) -> (x_hat, Bottled)`` besides the contract of ``Autoencoder``.
+        loss: what a reconstruction costs.
+        optimizer: block of the autoencoder's optimizer, and of the critic's unless that has its own.
+        critic: adversarial term; None: none, and one optimizer.
+        critic_optimizer: block of the critic's optimizer.
+        schedule: block of the learning rate's course over the run; None: constant. The critic's is constant.
+        ema_decay: keep an average of the weights, which is then what is evaluated and used.
+        gradient_clip: largest norm of the gradient, for autoencoder and critic alone; None: no limit.
+        accumulate: batches to an optimizer step.
+        seed: of the noise that latents are drawn with.
+    """
+
+    given = ("seed",)
+
+    def __init__(self, autoencoder: Autoencoder, loss: ReconstructionLoss, optimizer: Block,
+                 critic: Adversarial | None = None, critic_optimizer: Block | None = None,
+                 schedule: Block | None = None, ema_decay: float | None = None, gradient_clip: float | None = None,
+                 accumulate: int = 1, seed: int = 23):
+        super().__init__()
+        if accumulate < 1:
+            raise ValueError(f"model.params.accumulate: {accumulate}; it takes 1 or more batches to a step")
+        self.automatic_optimization = False
+        self.autoencoder, self.loss, self.critic = autoencoder, loss, critic
+        self.ema = None if ema_decay is None else Ema(autoencoder, ema_decay)
+        self.optimizer, self.critic_optimizer, self.schedule = optimizer, critic_optimizer or optimizer, schedule
+        self.gradient_clip, self.accumulate, self.seed = gradient_clip, accumulate, seed
+        self.images_seen = self.batches_seen = self.skipped = 0  # images: of all ranks together
+        self._accumulated = self._skipped_in_a_row = 0
+        self._validation = Tally()
+
+    @property
+    def best(self) -> Autoencoder:
+        """The weights to use: the average where one is kept."""
+        return self.autoencoder if self.ema is None else self.ema.shadow
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        if steps is None and self.trainer.estimated_stepping_batches != float("inf"):
+            steps = self.trainer.estimated_stepping_batches // self.accumulate
+        optimizers = [make_optimizer(self.optimizer, self.autoencoder)]
+        if self.critic is not None:
+            self.critic.plan(None if steps is None else steps * self.accumulate)
+            optimizers.append(make_optimizer(self.critic_optimizer, self.critic))
+        return optimizers, [make_schedule(self.schedule, optimizers[0], steps)]
+
+    def on_fit_start(self) -> None:
+        for turn in (0, 1):  # one rank of each machine downloads, the others find the file
+            if (self.local_rank > 0) == turn:
+                self.loss.prepare()
+            self.trainer.strategy.barrier()
+
+    def training_step(self, batch: dict, index: int) -> None:
+        x = batch["image"]
+        number, self.batches_seen = self.batches_seen, self.batches_seen + 1
+        self.images_seen += len(x) * self.trainer.world_size
+        x_hat, bottled = self.autoencoder(x, self.noise(batch))
+        terms = self.loss(x, x_hat, bottled.losses, number)
+        if self.not_finite(terms):  # before the critic sees it: its running statistics would keep it
+            return
+        total = terms["loss"]
+        if self.critic is not None:
+            terms |= self.critic.judge(x_hat, terms["reconstruction"], self.autoencoder.decoder.last_layer, number)
+            terms |= self.critic.learn(x, x_hat, number)
+            total = total + terms["adversarial"] + terms["critic"]
+        complete = self._accumulated + 1 == self.accumulate
+        hold = nullcontext if complete else getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
+        with hold():
+            self.manual_backward(total / self.accumulate)
+        self._accumulated += 1
+        if complete:
+            terms |= self.step(terms, critic_learns=self.critic is not None and self.critic.learns(number))
+        terms |= {"psnr": psnr(x, x_hat.detach()).mean(), "skipped": float(self.skipped)}
+        if bottled.codes is not None and self.batches_seen % 50 == 0:
+            used = {f"codebook_{name}": value for name, value in self.autoencoder.bottleneck.usage().items()}
+            self.warn(used)
+            terms |= used
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(x))
+
+    def noise(self, batch: dict) -> Tensor | None:
+        """What latents are drawn with: a function of the pictures' positions in the run, so that it can be resumed."""
+        if "position" not in batch:
+            return None
+        x, factor = batch["image"], self.autoencoder.factor
+        shape = (self.autoencoder.channels, x.shape[2] // factor, x.shape[3] // factor)
+        return normal(shape, self.seed, "posterior", batch["position"].tolist(), x.device)
+
+    def step(self, terms: dict[str, Tensor], critic_learns: bool) -> dict[str, Tensor]:
+        """Clip, check and step; gives back what there is to log."""
+        optimizers = self.listed_optimizers()
+        modules = {"gradient_norm": self.autoencoder}
+        if critic_learns:
+            modules["critic_gradient_norm"] = self.critic
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # fp16: gradients are scale times too large
+        scale = scaler.get_scale() if scaler else 1.0
+        norms = {name: clip(module, self.gradient_clip, scale) for name, module in modules.items()}
+        lr = optimizers[0].param_groups[0]["lr"]
+        if scaler is None and self.not_finite({**norms, **terms}):  # a scaler looks after this itself
+            return {}
+        self._skipped_in_a_row = 0
+        optimizers[0].step()
+        if critic_learns:
+            self.trainer.strategy.optimizer_step(optimizers[1].optimizer, lambda: None)
+        self.clear_gradients()
+        self.lr_schedulers().step()
+        if self.ema is not None:
+            self.ema.update(self.autoencoder)
+        return {**norms, "lr": lr}
+
+    def not_finite(self, terms: dict[str, Tensor]) -> bool:
+        """Whether a term is inf or nan on any rank. Then this optimizer step is dropped; after the third without a whole
+        one in between, FloatingPointError names the term."""
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        if not summed((~values.isfinite()).any().float()):
+            return False
+        wrong = [name for name, value in zip(terms, values.tolist(), strict=True) if not abs(value) < float("inf")]
+        self.clear_gradients()
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        told = f"batch {self.batches_seen}: {', '.join(wrong) or 'a term on another rank'} not finite"
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(f"{told}, the {MAX_SKIPPED}rd in a row: stopped before the weights were touched. "
+                                     "Lower the learning rate, set gradient_clip, or use precision bf16 or 32")
+        log.warning("%s: step skipped", told)
+        return True
+
+    def clear_gradients(self) -> None:
+        for optimizer in self.listed_optimizers():
+            optimizer.zero_grad()
+        self._accumulated = 0
+
+    def listed_optimizers(self) -> list:  # Lightning gives one alone without a list
+        found = self.optimizers()
+        return found if isinstance(found, list) else [found]
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = Tally()
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        x, tally = batch["image"], self._validation
+        mean, logvar = self.best.moments(x)
+        x_hat, bottled = self.best(x, torch.zeros_like(mean))  # the mode: no chance in what is compared
+        tally.latents(mean, logvar)
+        tally.terms({**self.loss(x, x_hat, bottled.losses, self.batches_seen), "psnr": psnr(x, x_hat).mean()}, len(x))
+        if bottled.codes is not None:
+            tally.codes(bottled.codes, self.best.bottleneck.codes)
+
+    def on_validation_epoch_end(self) -> None:
+        values = self._validation.gathered().summary()
+        self.warn(values)
+        self.log_dict({f"val/{name}": value for name, value in values.items()})
+
+    def warn(self, values: dict[str, float]) -> None:
+        """Say in a sentence what is known to ruin a first stage."""
+        channels = self.autoencoder.channels
+        if values.get("active_units", channels) < channels:
+            log.warning("posterior collapse: %d of %d channels active; lower loss.kl (now %g)",
+                        values["active_units"], channels, self.loss.kl)
+        if values.get("codebook_used", 1.0) < 0.1:
+            log.warning("codebook collapse: %.1f %% of its entries are used; set bottleneck.restart, or learn: ema",
+                        100 * values["codebook_used"])
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:  # (B,C,H,W) in [-1,1] twice
+        with evaluating(self.best) as model:
+            return model.decode(model.encode(x))
+
+    @torch.no_grad()
+    def measure_statistics(self, loader: Iterable[dict], images: int = 10_000) -> dict:
+        """Mean and standard deviation of raw latents per channel, over ``images`` pictures of all ranks together (or the
+        whole data set, if that is smaller), stored in the autoencoder; gives them back. All ranks have to call."""
+        images = min(images, len(loader.dataset)) if hasattr(loader, "dataset") else images
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        tally, own = Tally(), -(-images // world)
+        with evaluating(self.best) as model:
+            for batch in loader:
+                x = batch["image"][: own - tally.count].to(self.device)
+                tally.latents(*model.moments(x))
+                if tally.count >= own:
+                    break
+        tally = tally.gathered()
+        mean, variance, noise = tally.moments()
+        std = (variance + noise).sqrt()
+        for model in {self.autoencoder, self.best}:
+            model.set_statistics(mean.float(), std.float(), tally.count)
+        return {"count": tally.count, "mean": mean.tolist(), "std": std.tolist()}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["progress"] = {"images": self.images_seen, "batches": self.batches_seen, "skipped": self.skipped}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        progress = checkpoint["progress"]
+        self.images_seen, self.batches_seen = progress["images"], progress["batches"]
+        self.skipped = progress["skipped"]
+
+
+def clip(module: nn.Module, limit: float | None, scale: float) -> Tensor:
+    """Scale gradients down to norm ``limit``; gives the norm before, in units without the loss's ``scale``."""
+    weights = [p for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in weights])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(weights, limit * scale, norm)
+    return norm / scale
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[nn.Module]:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield module
+    finally:
+        for m, mode in modes.items():
+            m.training = mode

@@ -1,0 +1,65 @@
+"""Figures of a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ldm.app.models import (
+    enough_memory,
+    load_model,
+    model_arguments,
+    positive,
+    precision_name,
+    sampling_arguments,
+    sampling_of,
+)
+from ldm.common.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUMMARY = "Measure a model."
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    about = "adherence: draw captions of the drawn shapes that training never saw, and read the pictures"
+    parser.add_argument("metric", choices=("adherence",), help=about)
+    model_arguments(parser)
+    sampling_arguments(parser)
+    parser.add_argument("--n", type=positive, default=256, help="captions, half with one object, half with two (256)")
+    parser.add_argument("--n-held-out", type=positive, default=128, help="captions with a held-out pair (128)")
+    parser.add_argument("--seed", type=int, default=0, metavar="K", help="of captions and pictures (0)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="B", help="pictures at a time (64)")
+    parser.add_argument("--out", metavar="JSON", help="write the table to this file too")
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from ldm.metrics import adherence
+
+    settings = sampling_of(args)
+    bundle = load_model(args)
+    chosen = {key: bundle.sampling[key] if value is None else value for key, value in settings.items()}
+    drawn = 0
+
+    with tqdm(total=args.n + args.n_held_out, desc="drawing", unit="picture", disable=None) as bar:
+
+        def generate(captions: Sequence[str]) -> Tensor:
+            nonlocal drawn
+            pictures = bundle.generate(captions, seed=args.seed, indices=range(drawn, drawn + len(captions)), **chosen)
+            drawn += len(captions)
+            bar.update(len(captions))
+            return pictures.cpu()
+
+        with enough_memory():
+            table = adherence.evaluate(generate, n=args.n, n_held_out=args.n_held_out, seed=args.seed,
+                                       batch=args.batch_size)
+    print(adherence.format_table(table))
+    if args.out:
+        about = {"seed": args.seed, "model": bundle.content_hash(), "precision": precision_name(bundle), **chosen}
+        with atomic_write(args.out) as temporary:
+            temporary.write_text(json.dumps({"adherence": table, **about}, indent=2) + "\n")

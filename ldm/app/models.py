@@ -1,0 +1,103 @@
+"""What the commands that use a model have in common: their arguments, and a model from them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ldm.common.files import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ldm.bundle import Bundle
+
+log = logging.getLogger(__name__)
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # name -> of torch's type
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, metavar="PATH", help="checkpoint (.ckpt, .safetensors) or run folder")
+    parser.add_argument("--config", metavar="YAML", help="config to compare with the one in the checkpoint")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ...; default: cuda where it is")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of conditioner and network; default: as saved")
+    parser.add_argument("--no-ema", action="store_true", help="the raw weights, not the averaged ones")
+    parser.add_argument("--trust", action="store_true", help="run code that the checkpoint's config names")
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    stored = "default: as stored with the model"
+    parser.add_argument("--steps", type=positive, metavar="N", help=stored)
+    parser.add_argument("--sampler", metavar="NAME", help=stored)
+    parser.add_argument("--times", metavar="NAME", help=f"how times are spaced; {stored}")
+    parser.add_argument("--scale", type=float, metavar="S", help=f"of guidance, 1: none; {stored}")
+
+
+def sampling_of(args: argparse.Namespace) -> dict:
+    """The arguments of `generate` that sampling_arguments asks for, names checked; None where nothing was said."""
+    if args.sampler or args.times:
+        from ldm.bundle import known
+        from ldm.samplers import SAMPLERS
+        from ldm.times import TIMES
+
+        for name, table in (("sampler", SAMPLERS), ("times", TIMES)):
+            if getattr(args, name) is not None:
+                known(getattr(args, name), table, f"--{name}")
+    return {"sampler": args.sampler, "steps": args.steps, "times": args.times, "guidance": args.scale}
+
+
+def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
+    """The model that model_arguments names. UserError where it `draws` nothing and has to."""
+    import torch
+
+    from ldm.load import load
+
+    device, began = pick_device(args.device), time.perf_counter()
+    dtype = getattr(torch, PRECISIONS[args.precision]) if args.precision in PRECISIONS else None
+    bundle = load(args.ckpt, args.config, ema=not args.no_ema, device=device, dtype=dtype, trust=args.trust)
+    if draws and bundle.denoiser is None:
+        raise UserError(f"{args.ckpt}: holds an autoencoder alone; that of a diffusion model (stage 2) is needed")
+    log.info("%s: loaded in %.1f s, on %s", args.ckpt, time.perf_counter() - began, device)
+    return bundle
+
+
+def pick_device(name: str | None) -> torch.device:
+    import torch
+
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device("cuda" if has["cuda"] else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: no such device; there are {', '.join(k for k in has if has[k])}") from error
+    if not has.get(device.type, True) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: not on this machine; there are {', '.join(k for k in has if has[k])}")
+    return device
+
+
+@contextmanager
+def enough_memory():
+    """A device that is full is told in a line, with what helps."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("the device's memory is full; try a smaller --batch-size or size, --precision bf16, or "
+                        "--device cpu") from error
+
+
+def precision_name(bundle: Bundle) -> str:
+    kind = str(next(bundle.denoiser.parameters()).dtype).removeprefix("torch.")
+    return {full: short for short, full in PRECISIONS.items()}.get(kind, kind)

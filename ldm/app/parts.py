@@ -1,0 +1,171 @@
+"""What a training is put together from: loaders, the first stage's autoencoder, caches, what checkpoints say of themselves."""
+
+from collections.abc import Callable
+from itertools import cycle, islice
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.app.stages import Stage
+from ldm.bundle import Bundle
+from ldm.callbacks.images import Panel, reconstructions, samples
+from ldm.common.build import build
+from ldm.common.config import Cache, Sampling, section
+from ldm.data.loader import make_loader
+from ldm.load import load
+
+Tell = Callable[[str], None]
+PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}  # folders of sheets, by the kind of the stage
+SHOWN = 8  # reconstructions on a sheet
+LINE = 10.0  # seconds between lines about a cache that is being made
+
+
+def make_module(stage: Stage, autoencoder: nn.Module | None, size: tuple[int, int, int] | None) -> nn.Module:
+    """The LightningModule of a stage. autoencoder: what stage 2 gets from the program; size: (C,H,W) of its pictures."""
+    if stage.kind == "autoencoder":
+        return build(stage.config["model"], seed=stage.seed)
+    sampling = ({"size": list(size[1:])} if size else {}) | stage.sampling
+    return build(stage.config["model"], autoencoder=autoencoder, seed=stage.seed, sampling=sampling)
+
+
+def endless(stage: Stage, module: Any, dataset: Dataset) -> DataLoader:
+    """From the picture on that the module has not seen."""
+    return make_loader(dataset, seed=stage.seed, start=lambda: module.images_seen, **stage.config["loader"])
+
+
+def one_pass(stage: Stage, dataset: Dataset | None) -> DataLoader | None:
+    """Once through a data set, in its own order."""
+    if dataset is None:
+        return None
+    return make_loader(dataset, seed=stage.seed, shuffle=False, infinite=False, **stage.config["loader"])
+
+
+def autoencoder_of(stage: Stage, checkpoint: Path | None) -> tuple[nn.Module | None, dict | None]:
+    """-> the autoencoder that stage 2 works with, and its block (what builds it anew, without weights); nothing for stage 1.
+
+    checkpoint: a finished stage 1, or a stage 2 that goes on; None: what the config names. Raises UserError.
+    """
+    if stage.kind == "autoencoder":
+        return None, None
+    source = stage.config["autoencoder"]
+    if checkpoint is None and "target" in source:
+        return build(source), source
+    # a checkpoint from this config's own runs holds this config's own targets; any other is not run on sight
+    bundle = load(checkpoint or source["ckpt"], trust=checkpoint is not None)
+    return bundle.autoencoder, block_of(bundle.config)
+
+
+def autoencoder_block(stage: Stage) -> dict | None:
+    """The block alone, before stage 1 is trained; None where the stage trains an autoencoder itself."""
+    if stage.kind == "autoencoder":
+        return None
+    source = stage.config["autoencoder"]
+    if stage.before is not None:
+        return block_of(stage.before.config)
+    return source if "target" in source else block_of(load(source["ckpt"]).config)
+
+
+def block_of(config: dict) -> dict:
+    """The autoencoder in a config: at the top of a diffusion model's checkpoint, in an autoencoder's own model."""
+    return config.get("autoencoder") or config["model"]["params"]["autoencoder"]
+
+
+def describer(stage: Stage, block: dict | None) -> Callable[[Any], dict]:
+    """-> module -> what its checkpoint says of itself: kind, config, sampling, versions, hashes."""
+    config = stage.config if block is None else {**stage.config, "autoencoder": block}
+
+    def describe(module: Any) -> dict:
+        alone = stage.kind == "autoencoder"
+        bundle = Bundle(getattr(module, "best", module.autoencoder)) if alone else module.bundle(ema=True)
+        bundle.config, bundle.about = config, {"data": stage.train.fingerprint}
+        return bundle.describe()
+
+    return describe
+
+
+def originals(stage: Stage) -> Tensor:  # (N,C,H,W)
+    """The pictures whose reconstructions are looked at: the first of the validation data, else of the training data."""
+    dataset = stage.validation or stage.train
+    return torch.stack([dataset[i]["image"] for i in range(min(SHOWN, len(dataset)))])
+
+
+def prompts(stage: Stage) -> list[str]:
+    """What is drawn on sheets: the config's prompts, else captions of the validation or training data."""
+    sampling, dataset = section(stage.config, Sampling), stage.validation or stage.train
+    texts = sampling.prompts or [dataset.caption(i) for i in range(min(sampling.count, len(dataset)))]
+    return list(islice(cycle(texts), max(sampling.count, len(sampling.prompts or []))))
+
+
+def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell
+             ) -> tuple[Dataset, Dataset | None, Callable[[Any], Panel]]:
+    """-> training data, validation data, and what sheets show: from caches where the config says so."""
+    if stage.kind == "autoencoder":
+        return stage.train, stage.validation, reconstructions(originals(stage))
+    train, validation, batch = cached(stage, module, logdir, device, tell)
+    return train, validation, samples(batch)
+
+
+def finish(stage: Stage, module: Any) -> str:
+    """What is left to do after the last step, and a line about it. All ranks have to call."""
+    if stage.kind == "diffusion":
+        return f"{stage.label}: {module.images_seen:,} images seen"
+    measured = module.measure_statistics(one_pass(stage, stage.train))
+    mean, std = (", ".join(f"{value:.3g}" for value in measured[name]) for name in ("mean", "std"))
+    return (f"{stage.label}: latents of {measured['count']:,} images have mean {mean} and standard deviation {std} by channel; "
+            "stored with the autoencoder, which from now on gives them mean 0 and deviation 1")
+
+
+def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell
+           ) -> tuple[Dataset, Dataset | None, dict]:
+    """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
+    the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
+    wanted, batch = section(stage.config, Cache), {"caption": prompts(stage)}
+    encodes = getattr(module.conditioner, "encode", None)
+    if not (wanted.latents or (wanted.text and encodes)):
+        return stage.train, stage.validation, batch
+    from autoencoder.cached import CachedDataset, write_latents, write_text
+
+    root, workers = wanted.dir or Path(logdir) / "cache", stage.config["loader"].get("workers", 0)
+    module.to(device)
+
+    def stored(dataset: Dataset) -> Dataset:
+        latents = texts = None
+        if wanted.latents:
+            latents = write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
+                                    progress=_pace(tell, f"{stage.label}: latents"))  # fmt: skip
+        if wanted.text and encodes:
+            texts = write_text(dataset, encodes, module.conditioner.encoder_hash, root,
+                               progress=_pace(tell, f"{stage.label}: text states"))  # fmt: skip
+        return CachedDataset(dataset, latents, texts)
+
+    tell(f"{stage.label}: what is computed once ({' and '.join(_names(wanted))}) is kept in {root}")
+    train, validation = stored(stage.train), None if stage.validation is None else stored(stage.validation)
+    if wanted.text and encodes:
+        states, mask = encodes(batch["caption"])
+        batch |= {"text_states": states, "text_mask": mask}
+        module.conditioner.release()
+    return train, validation, batch
+
+
+def _names(wanted: Cache) -> list[str]:
+    return [name for name, on in (("latents", wanted.latents), ("text states", wanted.text)) if on]
+
+
+def _pace(tell: Tell, label: str) -> Callable[[int, int], None]:
+    """-> (done, total) -> a line now and then about how long the rest takes."""
+    began = last = monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = monotonic()
+        if now - last >= LINE and done < total:
+            last = now
+            tell(f"{label}: {done:,} of {total:,}, about {(total - done) * (now - began) / done:.0f} s left")
+        elif done >= total:
+            tell(f"{label}: {total:,} made in {now - began:.0f} s")
+
+    return progress

@@ -1,0 +1,201 @@
+"""Run folders, and which of them is finished, can go on, or has to be started.
+
+A run folder is logdir/<name>[_<postfix>]-<time>/ with config.yaml, checkpoints/, metrics.jsonl, pictures, and DONE once
+it is finished. The key in DONE stands for everything that the weights depend on: a stage with that key is not trained
+twice.
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from ldm.app.stages import PLACE, Kind, Stage
+from ldm.bundle import compare
+from ldm.common.files import UserError, atomic_write, free_bytes
+from ldm.load import read as read_checkpoint
+
+
+def new_folder(logdir: str | Path, name: str, postfix: str | None = None) -> Path:
+    """-> the name of a folder that is not there yet; it is not made."""
+    stem = f"{name}{f'_{postfix}' if postfix else ''}-{datetime.now():%Y%m%d-%H%M%S}"
+    tries = (Path(logdir) / f"{stem}{f'-{i}' if i else ''}" for i in range(1000))
+    return next(path for path in tries if not path.exists())
+
+
+def write_done(folder: Path, stage: Stage, checkpoint: str, **facts: Any) -> None:
+    """checkpoint: path inside the folder."""
+    said = {"key": stage.key, "kind": stage.kind, "name": stage.name, "checkpoint": checkpoint, **facts}
+    with atomic_write(folder / "DONE") as temporary:
+        temporary.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def finished(logdir: str | Path, key: str) -> Path | None:
+    """-> the newest run folder of a finished stage with this key."""
+    for folder in _runs(logdir):
+        facts = _read(folder / "DONE")
+        if facts.get("key") == key and (folder / facts.get("checkpoint", "")).is_file():
+            return folder
+    return None
+
+
+def _read(path: Path) -> dict:
+    """-> what a JSON file says; nothing where it is not there, or is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> tuple[Path | None, list[str]]:
+    """-> the checkpoint of the newest run of this name that can go on, and what there is to say of those that cannot."""
+    name = re.escape(f"{stage.name}{f'_{postfix}' if postfix else ''}") + r"-\d{8}-\d{6}(-\d+)?"
+    told = []
+    for folder in _runs(logdir):
+        if not re.fullmatch(name, folder.name) or (folder / "DONE").exists():
+            continue
+        checkpoint, config = newest(folder), _config_of(folder)
+        if checkpoint is None or config is None or Stage(config).kind != stage.kind:
+            continue
+        differ = differences(config, stage.config)
+        differ += ["autoencoder"] * (_read(folder / "run.json").get("autoencoder") != stage.autoencoder_key)
+        if any(key.split(".")[0] in ("model", "autoencoder") for key in differ):
+            told.append(f"{folder}: not continued, its config differs in {', '.join(differ)}")
+            continue
+        return checkpoint, told + [f"{folder}: its config differs in {key}, the new value counts" for key in differ]
+    return None, told
+
+
+def newest(folder: Path) -> Path | None:
+    """-> the newest whole checkpoint of a run: last.ckpt, else the highest step that can be read."""
+    steps = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=lambda path: (len(path.name), path.name), reverse=True)
+    return next((path for path in (folder / "checkpoints" / "last.ckpt", *steps) if _whole(path)), None)
+
+
+def _whole(path: Path) -> bool:
+    return path.is_file() and zipfile.is_zipfile(path)  # a zip's table of contents is its end
+
+
+def _runs(logdir: str | Path) -> list[Path]:
+    """Run folders, newest first."""
+    folders = [path.parent for path in Path(logdir).glob("*/config.yaml")]
+    return sorted(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime, reverse=True)
+
+
+def _config_of(folder: Path) -> dict | None:
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """-> names of the values that differ in what a stage's weights depend on."""
+
+    def leaves(value: Any, path: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {path: value}
+        return {name: leaf for key, item in value.items() for name, leaf in leaves(item, f"{path}.{key}").items()}
+
+    def relevant(config: dict) -> dict[str, Any]:
+        trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in PLACE}
+        parts = {"model": config["model"], "data.train": config["data"]["train"], "loader": config.get("loader"),
+                 "trainer": trainer, "seed": config.get("seed")}  # fmt: skip
+        return {name: leaf for part, value in parts.items() for name, leaf in leaves(value, part).items()}
+
+    before, after = relevant(old), relevant(new)
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage, by its number, and where it starts: from nothing, from a run's checkpoint, or finished already."""
+
+    action: Literal["train", "resume", "reuse"]
+    number: int
+    checkpoint: Path | None = None
+
+    @property
+    def run(self) -> Path | None:
+        """The run folder that the checkpoint lies in."""
+        folder = self.checkpoint.parent.parent if self.checkpoint else None
+        return folder if folder and (folder / "config.yaml").is_file() else None
+
+
+def jobs(stages: Sequence[Stage], logdir: str | Path, resume: str | None = None, postfix: str | None = None
+         ) -> tuple[list[Job], list[str]]:
+    """-> what to do for each stage that something is left to do for, and lines that explain it. UserError for a `resume`
+    that cannot be."""
+    *_, last = stages
+    told: list[str] = []
+    explicit = checkpoint_to_resume(resume) if resume not in (None, "auto") else None
+    if explicit and (kind := kind_of(explicit)) not in {stage.kind for stage in stages}:
+        raise UserError(f"--resume {resume}: this is a run of {kind} training; the config given trains {last.kind}")
+
+    def job(stage: Stage) -> Job:
+        if explicit and kind_of(explicit) == stage.kind:
+            return Job("resume", stage.number, explicit)
+        done = finished(logdir, stage.key)
+        if done:
+            return Job("reuse", stage.number, done / _read(done / "DONE")["checkpoint"])
+        own = postfix if stage is last else None
+        checkpoint, notes = unfinished(logdir, stage, own)
+        if checkpoint and resume == "auto":
+            told.extend(notes)
+            return Job("resume", stage.number, checkpoint)
+        if checkpoint:
+            told.append(f"{checkpoint.parent.parent} was not finished; `--resume auto` would continue it")
+        return Job("train", stage.number)
+
+    listed = [job(last)]
+    anew = listed[0].action == "train"  # a run that goes on has its autoencoder in its checkpoint
+    if last.before is not None and (anew or (explicit and kind_of(explicit) == "autoencoder")):
+        listed.insert(0, job(last.before))
+    if resume == "auto" and all(job.action == "train" for job in listed):
+        told.append(f"--resume auto: no unfinished run of {last.name} in {logdir}: starting anew")
+    return listed, told
+
+
+def checkpoint_to_resume(resume: str) -> Path:
+    """The checkpoint file that `--resume RUN_OR_CKPT` means."""
+    path = Path(resume)
+    if path.is_file():
+        if not _whole(path):
+            raise UserError(f"--resume {resume}: not a whole checkpoint; for the newest whole one give its run folder")
+        return path
+    found = newest(path) if path.is_dir() else None
+    if found is None:
+        raise UserError(f"--resume {resume}: expected a run folder that holds checkpoints/last.ckpt, a .ckpt file, or auto")
+    return found
+
+
+def kind_of(checkpoint: Path) -> Kind:
+    return read_checkpoint(checkpoint).about["kind"]
+
+
+def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int) -> Path:
+    """Makes (or goes on with) the run folder of a job and writes the config there. UserError, and no folder, where the disk
+    does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
+    free = free_bytes(logdir)
+    if need > free:
+        raise UserError(f"{logdir}: no space for the checkpoints: {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB "
+                        "free; lower checkpoint.keep, or choose another place with --logdir")
+    if job.checkpoint is not None:
+        saved = torch.load(job.checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+        if problems := compare(module.state_dict(), saved):
+            raise UserError(f"--resume: {job.checkpoint} is not of the model in this config: {problems}")
+    folder = job.run or new_folder(logdir, stage.name, postfix if stage.number == stage.count else None)
+    with atomic_write(folder / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True))
+    with atomic_write(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps({"autoencoder": stage.autoencoder_key}) + "\n")
+    return folder

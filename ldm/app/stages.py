@@ -1,0 +1,205 @@
+"""The stages of a training: their configs, checked, their data, and the key of what comes out of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from ldm.common.build import build, plain
+from ldm.common.config import check_config, load
+from ldm.common.files import UserError, digest, file_sha256
+
+Kind = Literal["autoencoder", "diffusion"]
+FIRST = "stage1."  # key=value arguments that begin so are for the config that autoencoder.config names
+SHARED = {"trainer": ("accelerator", "devices", "num_nodes"), "logging": ("wandb",)}  # stage 2 says it for both stages
+INSTEAD = {  # arguments of Lightning's Trainer that something else here stands for
+    "max_epochs": "trainer.max_steps (batches follow one another without end)", "min_epochs": "trainer.max_steps",
+    "check_val_every_n_epoch": "validation.every", "val_check_interval": "validation.every",
+    "limit_val_batches": "validation.batches", "num_sanity_val_steps": "validation.every",
+    "log_every_n_steps": "logging.every", "enable_checkpointing": "checkpoint.every", "fast_dev_run": "trainer.max_steps=1",
+    "enable_progress_bar": "nothing", "enable_model_summary": "nothing", "reload_dataloaders_every_n_epochs": "nothing",
+    "barebones": "nothing",
+}  # fmt: skip
+MANUAL = {  # where the training module steps its optimizers itself, which an autoencoder's does
+    "gradient_clip_val": "model.params.gradient_clip", "gradient_clip_algorithm": "model.params.gradient_clip",
+    "accumulate_grad_batches": "model.params.accumulate",
+}  # fmt: skip
+PLACE = {  # arguments of the Trainer that say where and how a run is computed, not what comes out: not part of the key
+    "accelerator", "devices", "num_nodes", "strategy", "benchmark", "profiler", "detect_anomaly", "deterministic",
+    "inference_mode", "enable_autolog_hparams", "sync_batchnorm", "plugins", "min_steps",
+}  # fmt: skip
+
+
+NEEDED = ("caption", "identity", "fingerprint", "report")  # of a data set, besides its items and their number
+
+
+@dataclass(eq=False)
+class Stage:
+    """One training: its resolved config and, once opened, its data."""
+
+    config: dict
+    number: int = 1
+    count: int = 1
+    before: "Stage | None" = None  # the stage whose autoencoder this one uses
+    train: Dataset | None = None
+    validation: Dataset | None = None
+    scaled: int = 1  # what the config's learning rates were multiplied by
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def seed(self) -> int:
+        return self.config.get("seed", 23)
+
+    @property
+    def kind(self) -> Kind:
+        return "diffusion" if self.config.get("autoencoder") else "autoencoder"
+
+    @property
+    def trainer(self) -> dict:
+        return self.config.get("trainer") or {}
+
+    @property
+    def label(self) -> str:
+        return f"stage {self.number} of {self.count}, {self.kind}"
+
+    @property
+    def batch_size(self) -> int:
+        """Of one device."""
+        return self.config["loader"]["batch_size"]
+
+    @property
+    def accumulate(self) -> int:
+        """Batches to an optimizer step."""
+        params = self.config["model"].get("params") or {}
+        return self.trainer.get("accumulate_grad_batches") or params.get("accumulate") or 1
+
+    @property
+    def sampling(self) -> dict:
+        """What the config says about sampling and goes with the model."""
+        said = self.config.get("sampling") or {}
+        return {key: value for key, value in said.items() if key not in ("prompts", "count")}
+
+    @cached_property
+    def picture(self) -> tuple[int, int, int]:
+        """(C, H, W) of the data."""
+        return tuple(self.train[0]["image"].shape)
+
+    def open(self) -> list[str]:
+        """Makes the data sets; gives back what is wrong with them."""
+        mistakes = []
+        for role in ("train", "validation"):
+            block = self.config["data"].get(role)
+            if block is None:
+                continue
+            try:
+                dataset = build(block)
+                if len(dataset) == 0:
+                    raise UserError("the data set is empty; point it at a folder with pictures")
+                if missing := [name for name in NEEDED if not hasattr(dataset, name)]:
+                    raise UserError(f"{type(dataset).__name__} lacks {', '.join(missing)}, which ldm.data.shapes.Shapes shows")
+                setattr(self, role, dataset)
+                if role == "train":
+                    _ = self.picture
+            except (ValueError, OSError) as error:
+                mistakes.append(f"{f'{self.label}: ' if self.count > 1 else ''}data.{role}: {error}")
+        return mistakes
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of all that the weights depend on."""
+        trainer = {name: value for name, value in self.trainer.items() if name not in PLACE}
+        return digest({
+            "model": self.config["model"], "data": self.train.fingerprint, "batch_size": self.batch_size,
+            "trainer": trainer, "seed": self.seed, "autoencoder": self.autoencoder_key,
+        })  # fmt: skip
+
+    @cached_property
+    def autoencoder_key(self) -> str | None:
+        """Hash of all that the latents depend on; None in stage 1."""
+        if self.before is not None:
+            return self.before.key
+        source = self.config.get("autoencoder")
+        if not source:
+            return None
+        return file_sha256(source["ckpt"]) if "ckpt" in source else digest(source)
+
+
+def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None
+         ) -> tuple[list[Stage], list[str]]:
+    """-> the stages in the order in which they are trained, and every mistake in their configs."""
+    config = plain(load(paths, [o for o in overrides if not o.startswith(FIRST)]))
+    given = {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
+    config |= given
+    mistakes = _check(config)
+    source = config.get("autoencoder")
+    first = source.get("config") if isinstance(source, dict) else None
+    own = [o.removeprefix(FIRST) for o in overrides if o.startswith(FIRST)]
+    if own and first is None:
+        mistakes.append(f"{FIRST}{own[0]}: there is no other stage; it belongs to configs with autoencoder.config")
+    if not isinstance(first, str) or not Path(first).is_file():
+        return [Stage(config)], mistakes
+    try:
+        earlier = _shared(plain(load([first], own)), config)
+    except UserError as error:
+        return [Stage(config)], [*mistakes, str(error)]
+    earlier |= {"seed": seed} if seed is not None else {}
+    mistakes += [f"{first}: {mistake}" for mistake in _check(earlier)]
+    if earlier.get("autoencoder"):
+        mistakes.append(f"{first}: expected the config of an autoencoder's training, this one trains on top of one")
+    stage1 = Stage(earlier, 1, 2)
+    return [stage1, Stage(config, 2, 2, before=stage1)], mistakes
+
+
+def _shared(earlier: dict, config: dict) -> dict:
+    """Stage 1's config with what stage 2 says for both: the devices, and whether wandb hears of it."""
+    for section, names in SHARED.items():
+        said = config.get(section)
+        said = {key: said[key] for key in names if key in said} if isinstance(said, dict) else {}
+        if said and isinstance(earlier.get(section) or {}, dict):
+            earlier = {**earlier, section: {**(earlier.get(section) or {}), **said}}
+    return earlier
+
+
+def _check(config: dict) -> list[str]:
+    mistakes = [_with_way_out(mistake) for mistake in check_config(config)]
+    trainer = config.get("trainer")
+    trainer = trainer if isinstance(trainer, dict) else {}
+    instead = INSTEAD | ({} if config.get("autoencoder") else MANUAL)
+    mistakes += [f"trainer.{key}: not used here; instead: {instead[key]}" for key in trainer if key in instead]
+    if "/" in str(config.get("name", "")):
+        mistakes.append(f"name: expected a name for a folder, got {config['name']!r} with a slash in it")
+    if not trainer.get("max_time") and (not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1):
+        mistakes.append("trainer.max_steps: missing; expected the number of optimizer steps (or trainer.max_time: DD:HH:MM:SS)")
+    return mistakes
+
+
+def _with_way_out(mistake: str) -> str:
+    if not mistake.startswith("autoencoder.ckpt: no such file"):
+        return mistake
+    return (f"{mistake}; stage 2 learns on the latents of a trained autoencoder: make one with `python main.py --base "
+            "configs/autoencoder_kl.yaml -t`, or name its config instead (autoencoder: {config: ...}) to have it trained first")
+
+
+def scale_lr(stage: Stage, world: int) -> None:
+    """Multiplies every learning rate of the stage's optimizers by its global batch."""
+    stage.scaled = world * stage.batch_size * stage.accumulate
+
+    def scaled(value: Any, inside: bool) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item * stage.scaled if inside and key.endswith("lr") and isinstance(item, (int, float))
+                else scaled(item, inside or "optimizer" in key) for key, item in value.items()}  # fmt: skip
+
+    stage.config = {**stage.config, "model": scaled(stage.config["model"], inside=False)}
+
+
+def learning_rate(config: dict) -> float | None:
+    """Of the first optimizer in the config."""
+    block = (config["model"].get("params") or {}).get("optimizer") or {}
+    return (block.get("params") or {}).get("lr")

@@ -1,0 +1,291 @@
+"""Bundle: autoencoder, conditioner and denoiser, which is what a checkpoint is; built, filled, saved, sampled from.
+
+Names of its weights, and of those in a .safetensors file: autoencoder.*, conditioner.*, denoiser.network.*
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.base import Autoencoder
+from ldm.common.build import TRUSTED, Block, build, is_block, plain
+from ldm.common.files import UserError, atomic_write, digest, nearest
+from ldm.common.random import generator
+from ldm.common.weights import compare, content, evaluating, without_weights
+from ldm.cond import Cond
+from ldm.denoiser import Denoise, Denoiser, Prediction, bind
+from ldm.guidance import cfg_batched
+from ldm.process import Process, RectifiedFlow
+from ldm.samplers import SAMPLERS, Callback
+from ldm.times import TIMES
+
+log = logging.getLogger(__name__)
+
+DEFAULTS = {"sampler": "dpmpp_2m", "steps": 20, "times": "linear", "guidance": 3.0}
+PACKAGES = ("torch", "transformers", "safetensors")  # whose versions a checkpoint and a picture name
+DECODED = 2**20  # pixels that are decoded at a time
+
+
+class Bundle(nn.Module):
+    """The parts of a latent diffusion model. Without conditioner and denoiser: an autoencoder alone.
+
+    Args:
+        config: the resolved config that the parts were built from; ``describe`` and ``save`` need it.
+        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W].
+        about: what else a checkpoint says of itself: encoder_hash, data.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, conditioner: nn.Module | None = None, denoiser: Denoiser | None = None,
+                 config: dict | None = None, sampling: dict | None = None, about: dict | None = None):
+        super().__init__()
+        self.autoencoder, self.conditioner, self.denoiser = autoencoder, conditioner, denoiser
+        self.config, self.about = config, about or {}
+        self.sampling = DEFAULTS | {key: value for key, value in (sampling or {}).items() if value is not None}
+        self._checked = self._warned = False
+
+    @classmethod
+    def from_config(cls, config: Mapping, *, sampling: dict | None = None, about: dict | None = None,
+                    trust: bool = False) -> Bundle:
+        """The parts that a config describes, in eval mode and without weights (meta device): ``assign`` brings them.
+
+        config: of a diffusion model, whose "autoencoder" is a block; or of an autoencoder, which is then all there is.
+        trust: build targets outside of TRUSTED too, that is, run whatever code the config names.
+        """
+        config, allowed = plain(config), None if trust else TRUSTED
+        params = config["model"].get("params") or {}
+        block = config.get("autoencoder") or params.get("autoencoder")
+        if not is_block(block):
+            raise UserError(f"autoencoder: a checkpoint's config holds it as a block (target, params), got {block!r}")
+        autoencoder = without_weights(lambda: build(block, allowed=allowed))
+        conditioner = denoiser = None
+        if config.get("autoencoder"):
+            if params.get("conditioner") is not None:
+                conditioner = without_weights(lambda: build(params["conditioner"], allowed=allowed))
+            process = build(params["process"], allowed=allowed) if params.get("process") else RectifiedFlow()
+            network, parameterization = params.get("network"), params.get("parameterization", "flow")
+            denoiser = without_weights(
+                lambda: build_denoiser(network, process, parameterization, autoencoder, conditioner, allowed))
+        return cls(autoencoder, conditioner, denoiser, config, sampling or config.get("sampling"), about).eval()
+
+    def assign(self, weights: Mapping[str, Tensor], origin: str = "weights") -> Bundle:
+        """Take these tensors as the weights. UserError, with a count for each part, where names or shapes differ."""
+        problems = compare(self.state_dict(), weights)
+        if problems:
+            raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
+        self.load_state_dict(weights, assign=True, strict=True)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.autoencoder.shift.device
+
+    def content_hash(self) -> str:
+        """16 hex digits over all weights: the same for the same model, whatever file it comes from."""
+        return digest({key: content(value) for key, value in self.state_dict().items()})
+
+    def describe(self) -> dict:
+        """What a checkpoint of this model says of itself under "ldm": plain data."""
+        if self.config is None:
+            raise UserError("this model was put together by hand: give Bundle(..., config=...) what it is built from")
+        return plain({
+            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self.config,
+            "sampling": self.sampling if self.denoiser is not None else None, "versions": versions(),
+            "autoencoder_hash": self.autoencoder.content_hash(),
+            "encoder_hash": self.about.get("encoder_hash") or getattr(self.conditioner, "encoder_hash", None),
+            "data": self.about.get("data"),
+        })  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Write a .safetensors or a .ckpt (torch.save of tensors and plain data), whole or not at all."""
+        path, about = Path(path), self.describe()
+        weights = {key: value.detach().cpu().contiguous().clone() for key, value in self.state_dict().items()}
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            with atomic_write(path) as temporary:
+                save_file(weights, temporary, {"format": "pt", "ldm": json.dumps(about)})
+        elif path.suffix == ".ckpt":
+            with atomic_write(path) as temporary:
+                torch.save({"state_dict": weights, "ldm": about}, temporary)
+        else:
+            raise UserError(f"{path}: expected a name that ends in .safetensors or .ckpt")
+
+    @torch.no_grad()
+    def generate(self, prompts: str | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
+                 sampler: str | Callable | None = None, guidance: float | None = None, seed: int = 0,
+                 size: Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
+                 times: str | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
+                 batch_size: int | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
+
+        Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
+        every step: it depends neither on the other pictures nor, up to rounding, on the batch size.
+
+        Args:
+            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]}.
+            guidance: scale of classifier-free guidance; 1: none.
+            size: height and width of the pictures.
+            x_T: (B,C,h,w) what sampling starts from, in place of noise.
+            times: a name in TIMES, or decreasing times (N+1,) of the process, which then say the number of steps too.
+            callback: called as callback(step, t, x, prediction) at every step of every batch.
+            negative_prompt: what guidance leads away from, one text or one for each picture; None: the empty condition.
+            batch_size: pictures at a time; None: all.
+            indices: numbers of the pictures; None: 0, 1, 2 ...
+
+        Raises:
+            UserError: for all that cannot be, such as a size that does not divide, or a text encoder that is another.
+        """
+        if self.denoiser is None:
+            raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
+                            "give the checkpoint of a diffusion model (stage 2)")
+        batch, n = _batch(prompts)
+        if not callable(sampler):
+            sampler = SAMPLERS[known(sampler or self.sampling["sampler"], SAMPLERS, "sampler")]
+        times = self._times(times, steps)
+        guidance = float(self.sampling["guidance"] if guidance is None or guidance is ... else guidance)
+        shape = self._latent_shape(size, x_T)
+        indices = list(range(n)) if indices is None else list(indices)
+        negative = [negative_prompt] * n if isinstance(negative_prompt, str) else negative_prompt
+        for name, given in (("indices", indices), ("negative_prompt", negative), ("x_T", x_T)):
+            if given is not None and len(given) != n:
+                raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
+        self._check_conditioner(guidance)
+        pictures = []
+        with evaluating(self):
+            for rows in _parts(n, batch_size):
+                sources = [generator(seed + index) for index in indices[rows]]
+                x = _normal(shape, sources) * self.denoiser.process.prior_std() if x_T is None else x_T[rows].float()
+                part = {key: value[rows] for key, value in batch.items()}
+                z = sampler(self._guided(part, negative and negative[rows], guidance), x.to(self.device), times,
+                            self.denoiser.process, callback=callback,
+                            noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
+                pictures.append(self._decode(z))
+        return torch.cat(pictures)
+
+    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: float) -> Denoise:
+        """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
+        cond = Cond() if self.conditioner is None else self.conditioner(batch)
+        if len(cond) == 0 or guidance == 1:
+            denoise = bind(self.denoiser, cond)
+        elif negative is None:
+            denoise = cfg_batched(self.denoiser, cond, self.conditioner.null(len(cond)), guidance)
+        else:
+            rest = {key: value for key, value in batch.items() if not key.startswith("text_")}
+            denoise = cfg_batched(self.denoiser, cond, self.conditioner(rest | {"caption": negative}), guidance)
+        dtype = next(self.denoiser.parameters()).dtype
+
+        def in_precision(x: Tensor, t: Tensor) -> Prediction:
+            with torch.autocast(x.device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
+                return denoise(x, t)
+
+        return in_precision
+
+    def _decode(self, z: Tensor) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
+        rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))
+        with torch.autocast(z.device.type, enabled=False):
+            return torch.cat([self.autoencoder.decode(part) for part in z.split(rows)]).clamp(-1, 1)
+
+    def _times(self, times: str | Tensor | None, steps: int | None) -> Tensor:
+        if isinstance(times, Tensor):
+            return times
+        times = self.sampling["times"] if times is None else times
+        steps = self.sampling["steps"] if steps is None else steps
+        if not isinstance(steps, int) or steps < 1:
+            raise UserError(f"steps: {steps}; it takes a whole number from 1")
+        return TIMES[known(times, TIMES, "times")](self.denoiser.process, steps)
+
+    def _latent_shape(self, size: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, int, int]:
+        factor = self.autoencoder.factor
+        if x_T is not None:
+            size = [side * factor for side in x_T.shape[2:]]
+        size = size or self.sampling.get("size")
+        if size is None:
+            raise UserError("size: the checkpoint does not say at what size it was trained; give height and width")
+        check_size(*size, factor, getattr(self.denoiser.network, "multiple", 1))
+        return self.autoencoder.channels, size[0] // factor, size[1] // factor
+
+    def _check_conditioner(self, guidance: float) -> None:
+        """The text encoder found here is the one that the model was trained with, and guidance means something."""
+        expected = self.about.get("encoder_hash")
+        if expected and self.conditioner is not None and not self._checked:
+            found = self.conditioner.encoder_hash
+            if found != expected:
+                raise UserError(f"the text encoder found here (hash {found}) is not the one that this model was "
+                                f"trained with (hash {expected}); install or name that one")
+            self._checked = True
+        without_dropout = getattr(self.conditioner, "width", None) and getattr(self.conditioner, "dropout", None) == 0
+        if guidance > 1 and without_dropout and not self._warned:
+            log.warning("guidance %g: this model was trained without caption dropout and knows no empty prompt to "
+                        "compare with; guidance 1 is what it was trained for", guidance)
+            self._warned = True
+
+
+def build_denoiser(network: Block, process: Process, parameterization: str, autoencoder: Autoencoder,
+                   conditioner: nn.Module | None, allowed: Iterable[str] | None = None) -> Denoiser:
+    """The Denoiser of a diffusion model: the one place where a network's sizes are derived."""
+    network = build(network, allowed=allowed, in_channels=autoencoder.channels, out_channels=autoencoder.channels,
+                    context_dim=getattr(conditioner, "width", None), vector_dim=None)
+    with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
+        return Denoiser(network, process, parameterization)
+
+
+def check_size(height: int, width: int, factor: int, multiple: int) -> None:
+    """UserError, naming the two nearest sizes, where a side is not what autoencoder and network can divide."""
+    unit = factor * multiple
+    if min(height, width) > 0 and height % unit == width % unit == 0:
+        return
+    low = [max(unit, side // unit * unit) for side in (height, width)]
+    high = [max(unit, -(-side // unit) * unit) for side in (height, width)]
+    near = " or ".join(dict.fromkeys(f"{h} x {w}" for h, w in (low, high)))
+    raise UserError(f"height {height} x width {width}: both have to be multiples of {unit} (autoencoder {factor}, "
+                    f"network {multiple}); nearest: {near}")
+
+
+def known(name: str, table: Mapping[str, Any], what: str) -> str:
+    """The name, if the table has it; else UserError with the nearest and all that there are."""
+    if name in table:
+        return name
+    near = nearest(str(name), table)
+    hint = f"; nearest: {near!r}" if near else ""
+    raise UserError(f"{what}: there is no {name!r}{hint}; there are {', '.join(table)}")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _batch(prompts: str | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
+    if isinstance(prompts, Mapping):
+        batch = dict(prompts)
+    else:
+        batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
+    lengths = {key: len(value) for key, value in batch.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")
+    return batch, next(iter(lengths.values()))
+
+
+def _parts(n: int, size: int | None) -> Iterator[slice]:
+    if size is not None and size < 1:
+        raise UserError(f"batch_size: {size}; it takes a whole number from 1")
+    return (slice(start, start + (size or n)) for start in range(0, n, size or n))
+
+
+def _normal(shape: Sequence[int], sources: Sequence[torch.Generator]) -> Tensor:  # -> (B, *shape), a row of each source
+    return torch.stack([torch.randn(*shape, generator=source) for source in sources])

@@ -1,0 +1,1 @@
+"""What happens beside training steps: checkpoints, progress, metrics, pictures, and stopping when asked to."""

@@ -1,0 +1,92 @@
+"""Pictures while training: the same ones at every time, so that two sheets can be compared."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from pytorch_lightning import Callback, LightningModule
+from torch import Tensor
+
+from ldm.callbacks.clock import Clock
+from ldm.callbacks.sheet import save_png, sheet
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one sheet shows."""
+
+    pictures: Tensor  # (N,3,H,W) in [-1,1]
+    captions: Sequence[str]
+    columns: int | None = None
+    about: dict = field(default_factory=dict)  # goes into the PNG
+
+
+class Viewer(Protocol):
+    """Whoever else wants to see sheets."""
+
+    def picture(self, name: str, image: Image.Image, caption: str, step: int) -> None: ...
+
+
+def reconstructions(originals: Tensor) -> Callable[[LightningModule], Panel]:
+    """(N,3,H,W) -> a panel of the originals above what the module makes of them."""
+
+    def panel(module: LightningModule) -> Panel:
+        made = module.reconstruct(originals.to(module.device)).float().cpu().clamp(-1, 1)
+        error = (made - originals).square().mean(dim=(1, 2, 3)).clamp(min=1e-10)
+        captions = ["original"] * len(made) + [f"{db:.1f} dB" for db in (10 * torch.log10(4 / error)).tolist()]
+        return Panel(torch.cat([originals, made]), captions, columns=len(made))
+
+    return panel
+
+
+def samples(batch: dict, seed: int = 0) -> Callable[[LightningModule], Panel]:
+    """-> a panel of what the averaged model draws for batch["caption"], from the same noise each time.
+
+    batch: of what the conditioner takes, {"caption": [...]}, with "text_states" and "text_mask" where they are known.
+    """
+
+    def panel(module: LightningModule) -> Panel:
+        pictures = module.bundle(ema=True).generate(batch, seed=seed).float().cpu()
+        about = {"prompts": list(batch["caption"]), "seed": seed, "weights": "ema"}
+        return Panel(pictures, batch["caption"], about=about)
+
+    return panel
+
+
+class Pictures(Callback):
+    """Every so many steps a sheet in `folder` (and to the viewers), drawn by rank 0; 0: none on the way."""
+
+    def __init__(self, panel: Callable[[LightningModule], Panel], folder: Path, every: int, clock: Clock,
+                 viewers: Sequence[Viewer] = ()) -> None:
+        self.panel, self.folder, self.every, self.clock, self.viewers = panel, Path(folder), every, clock, viewers
+        self._step = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        step = trainer.global_step
+        if self.every and step != self._step and step % self.every == 0 and trainer.is_global_zero:
+            with self.clock.pause("pictures"):
+                self.draw(module, step)
+        self._step = step
+
+    def draw(self, module: LightningModule, step: int, name: str | None = None) -> Path | None:
+        """-> the sheet; None where the disk is full, which ends no training."""
+        panel = self.panel(module)
+        image = sheet(panel.pictures, panel.captions, panel.columns)
+        path = self.folder / (name or f"step-{step:06d}.png")
+        try:
+            save_png(image, path, {"step": step, **panel.about})
+        except OSError as error:
+            log.warning("%s: no pictures this time, training goes on", error)
+            return None
+        for viewer in self.viewers:
+            viewer.picture(self.folder.name, image, " | ".join(panel.captions), step)
+        return path

@@ -1,0 +1,85 @@
+"""Everything that the module logs, one JSON object a line."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pytorch_lightning import Callback
+
+from ldm.callbacks.clock import Clock
+from ldm.common.files import atomic_write
+
+
+class Reader(Protocol):
+    """Whoever else wants the lines."""
+
+    def log(self, row: dict) -> None: ...
+
+
+class Metrics(Callback):
+    """Every so many steps a line in `path`: step, images_seen, time (seconds since 1970), images_per_s and data_wait (share
+    of the time that training waited for data) since the line before, and all logged numbers; after each validation a
+    line of its results. Only rank 0 writes. A resumed run drops the lines after the step that it starts from.
+    """
+
+    def __init__(self, path: Path, every: int, clock: Clock, readers: Sequence[Reader] = ()) -> None:
+        self.path, self.every, self.clock, self.readers = Path(path), every, clock, readers
+        self._step = self._images = 0
+        self._training = self._waiting = 0.0
+
+    def on_train_start(self, trainer, module) -> None:
+        self._step = trainer.global_step
+        self._mark(module)
+        if trainer.is_global_zero:
+            self._forget_after(self._step)
+
+    def _forget_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                kept += [line] if json.loads(line)["step"] <= step else []
+            except (json.JSONDecodeError, KeyError):
+                continue  # a line that a killed run left half-written
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        step = trainer.global_step
+        if step != self._step and step % self.every == 0 and trainer.is_global_zero:
+            seconds, waited = self.clock.training - self._training, self.clock.waiting - self._waiting
+            speed = (module.images_seen - self._images) / max(seconds, 1e-9)
+            logged = {name: value for name, value in trainer.callback_metrics.items() if not _validates(name)}
+            self._write(step, module, {**logged, "images_per_s": speed, "data_wait": waited / max(seconds, 1e-9)})
+            self._mark(module)
+        self._step = step
+
+    def on_validation_end(self, trainer, module) -> None:
+        found = {name: value for name, value in trainer.callback_metrics.items() if _validates(name)}
+        if trainer.is_global_zero and found:
+            self._write(trainer.global_step, module, found)
+
+    def _mark(self, module) -> None:
+        self._images, self._training, self._waiting = module.images_seen, self.clock.training, self.clock.waiting
+
+    def _write(self, step: int, module, numbers: dict) -> None:
+        row = {"step": step, "images_seen": module.images_seen, "time": round(time.time(), 2)}
+        row |= {name: _number(value) for name, value in numbers.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        for reader in self.readers:
+            reader.log(row)
+
+
+def _validates(name: str) -> bool:
+    return name.startswith("val")
+
+
+def _number(value) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None  # JSON knows no NaN

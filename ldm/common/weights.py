@@ -1,0 +1,65 @@
+"""Modules before they have weights, and weights before they are in a module."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+NAMED = 3  # keys of a kind that a message names
+
+
+def without_weights(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module on the meta device; a real one where it holds tensors that its state dict lacks, which would be lost."""
+    with torch.device("meta"):
+        module = make()
+    saved = module.state_dict()
+    lost = any(name not in saved for name, _ in module.named_buffers())
+    lost |= any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
+    return make() if lost else module
+
+
+def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """What is missing, misshapen or too much, part by part (the first word of the names); "" where all fits."""
+    fits = {key for key in expected.keys() & given.keys() if expected[key].shape == given[key].shape}
+    if len(fits) == len(expected) == len(given):
+        return ""
+    told = []
+    for part in dict.fromkeys(key.split(".")[0] for key in expected):
+        names = [key for key in expected if key.split(".")[0] == part]
+        missing = [key for key in names if key not in given]
+        shapes = [f"{key} is {_size(given[key])}, not {_size(expected[key])}"
+                  for key in names if key in given and key not in fits]  # fmt: skip
+        details = [f"missing {_some(missing)}"] * bool(missing) + [_some(shapes)] * bool(shapes)
+        told.append(f"{part} {len(fits & set(names))}/{len(names)}" + f" ({'; '.join(details)})" * bool(details))
+    extra = [key for key in given if key not in expected]
+    return ", ".join(told + [f"{len(extra)} that it has no place for ({_some(extra)})"] * bool(extra))
+
+
+def content(tensor: Tensor) -> str:
+    """Type, shape and SHA-256 of the values: equal for equal tensors, wherever they are."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tensor.dtype} {_size(tensor)} {hashlib.sha256(values).hexdigest()}"
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards every part of the module is in the mode that it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

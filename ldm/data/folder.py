@@ -1,0 +1,94 @@
+"""A folder of images with captions in a metadata table, in .txt files beside the images, or in the file names."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from ldm.common.files import UserError, nearest
+from ldm.data.captions import Layout, find_captions
+from ldm.data.pictures import Pictures, Scan, Split
+
+NOT_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf"}  # Pillow knows them, but draws or plays
+
+
+class ImageFolder(Pictures):
+    """All images under `root`, subfolders too, hidden files not. An item's key is its path relative to `root`.
+
+    captions: see ldm.data.captions for the layouts and for what "auto" looks for. The other settings: see Pictures.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        size: int,
+        captions: Layout = "auto",
+        channels: Literal[1, 3] = 3,
+        flip: bool = False,
+        split: Split = "all",
+        validation_share: float = 0.0,
+        scan: Scan = "all",
+        max_broken: float = 0.05,
+        empty_ok: bool = False,
+    ) -> None:
+        self.root = Path(root).expanduser()
+        images, others = list_files(self.root)
+        found = find_captions(self.root, images, others, captions)
+        super().__init__(
+            str(root), images, [found.of.get(key) for key in images], size=size, channels=channels, flip=flip,
+            split=split, validation_share=validation_share, scan=scan, max_broken=max_broken, empty_ok=empty_ok,
+            caption_source=found.source, notes=found.notes,
+        )  # fmt: skip
+
+    def read(self, entry: int) -> bytes:
+        return (self.root / self._keys[entry]).read_bytes()
+
+    def weight(self, entry: int) -> int:
+        return (self.root / self._keys[entry]).stat().st_size
+
+
+def list_files(root: Path) -> tuple[list[str], list[str]]:
+    """-> paths of the images, and of all other files, relative to `root` with forward slashes, sorted."""
+    if not root.is_dir():
+        raise UserError(no_folder(root))
+    suffixes = picture_suffixes()
+    images, others, seen = [], [], {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and _first_time(os.path.join(folder, name), seen)
+        ]
+        for name in files:
+            if not name.startswith("."):
+                path = Path(folder, name).relative_to(root).as_posix()
+                (images if Path(name).suffix.lower() in suffixes else others).append(path)
+    if not images:
+        tars = any(path.endswith(".tar") for path in others)
+        hint = "; its .tar shards are read by ldm.data.webdataset.WebDataset" if tars else ""
+        raise UserError(f"{root}: no image in this folder or below it, {len(others):,} other files{hint}")
+    return sorted(images), sorted(others)
+
+
+def picture_suffixes() -> set[str]:
+    """-> endings, with the dot and in lower case, of the formats that this Pillow can read."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN} - NOT_PICTURES
+
+
+def _first_time(folder: str, seen: set[str]) -> bool:
+    real = os.path.realpath(folder)  # a link may lead back up
+    first = real not in seen
+    seen.add(real)
+    return first
+
+
+def no_folder(root: Path) -> str:
+    """-> the message for a folder that is not there, with the nearest that is."""
+    if root.is_file():
+        return f"{root}: this is a file; a folder is expected"
+    parent, wanted = root.absolute().parent, root.absolute().name
+    while not parent.is_dir():
+        parent, wanted = parent.parent, parent.name
+    near = nearest(wanted, [path.name for path in parent.iterdir() if path.is_dir()])
+    return f"{root}: no such folder; " + (
+        f"nearest: {parent / near}" if near else f"there is no {wanted!r} in {parent}"
+    )

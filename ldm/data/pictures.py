@@ -1,0 +1,208 @@
+"""Captioned image files: what a folder and a set of shards have in common, once their entries are listed."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ldm.common.files import UserError, digest
+from ldm.common.random import key_to_seed
+from ldm.data.transforms import VERSION, BrokenImage, decode, prepare
+
+log = logging.getLogger(__name__)
+
+Split = Literal["train", "validation", "all"]
+Scan = Literal["all", "sample"]
+SAMPLE = 1000  # pictures that scan="sample" looks at
+TRIES = 10  # pictures in a row that may turn out unreadable during training
+LISTED = 20  # names in a report
+
+
+class Pictures(Dataset[dict]):
+    """Items {"image": (C,size,size) float32 in [-1,1], "caption": str, "key": str}. A subclass `read`s an entry.
+
+    keys, captions: of all entries, None where an entry has no caption (an error, or "" with `empty_ok`).
+    split: "validation" is about the share `validation_share` of the entries, those whose key has a low hash;
+        "train" the others; which is which does not change when entries are added.
+    scan: "all" decodes every image once before training, with threads; "sample" up to 1,000, evenly spread. Broken
+        ones are left out and listed; more than the share `max_broken` of those looked at is an error. An image that
+        turns out broken later is replaced by the next whole one, with a warning in the log.
+    channels: 3 RGB, 1 grey.
+    flip: the data set is twice as long, its second half mirrored (keys end in "|mirrored").
+    """
+
+    def __init__(
+        self,
+        where: str,
+        keys: Sequence[str],
+        captions: Sequence[str | None],
+        *,
+        size: int,
+        channels: Literal[1, 3],
+        flip: bool,
+        split: Split,
+        validation_share: float,
+        scan: Scan,
+        max_broken: float,
+        empty_ok: bool,
+        caption_source: str,
+        notes: Sequence[str] = (),
+    ) -> None:
+        if size < 1:
+            raise UserError(f"size: {size} pixels; it takes a whole number from 1")
+        self.where, self.size, self.channels, self.flip, self.scan = where, size, channels, flip, scan
+        self.caption_source, self.notes = caption_source, notes
+        # packed strings: worker processes would copy a list's pages one by one as they count references
+        self._keys = np.array(list(keys), dtype=np.dtypes.StringDType())
+        self._captions = np.array([caption or "" for caption in captions], dtype=np.dtypes.StringDType())
+        self._hashes = np.zeros(len(self._keys), dtype="S64")  # SHA-256 of the file in hex, empty until known
+        self.kept = self._part(split, validation_share)
+        self._share = f" ({split} split of {len(keys):,})" if split != "all" else ""
+        if len(missing := self._missing()) and not empty_ok:
+            raise UserError(
+                f"{where}: {len(missing):,} of {len(self.kept):,} images have no caption: {_some(missing, 5)}; "
+                f"captions were taken from {caption_source}; add them, or set empty_ok: true to use empty ones"
+            )
+        self._scan(max_broken)
+
+    def read(self, entry: int) -> bytes:
+        """-> the image file of an entry."""
+        raise NotImplementedError
+
+    def weight(self, entry: int) -> int:
+        """-> size of the image file in bytes."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.kept) * (2 if self.flip else 1)
+
+    def __getitem__(self, i: int) -> dict:
+        self._locate(i)
+        for j in range(i, i + TRIES):
+            entry, mirrored = self._locate(j % len(self))
+            try:
+                image = prepare(self.read(entry), self.size, self.channels)
+            except (BrokenImage, OSError) as error:
+                log.warning(
+                    "%s: %s cannot be read (%s); the next image takes its place", self.where, self._keys[entry], error
+                )
+            else:
+                return {"image": image.flip(-1) if mirrored else image, "caption": self.caption(j % len(self)),
+                        "key": self._keys[entry] + "|mirrored" * mirrored}  # fmt: skip
+        raise OSError(f"{self.where}: {TRIES} images in a row cannot be read; is the disk still there?")
+
+    def caption(self, i: int) -> str:
+        return self._captions[self._locate(i)[0]]
+
+    def identity(self, i: int) -> str:
+        """-> SHA-256 of the file's bytes, kept in memory; a mirrored item's ends in "|mirrored"."""
+        entry, mirrored = self._locate(i)
+        if not self._hashes[entry]:
+            self._hashes[entry] = hashlib.sha256(self.read(entry)).hexdigest()
+        return self._hashes[entry].decode() + "|mirrored" * mirrored
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over names, captions, settings and contents (with scan="sample": file sizes instead of contents)."""
+        contents = hashlib.sha256()
+        for entry in self.kept:
+            mark = self._hashes[entry].decode() if self.scan == "all" else str(self.weight(entry))
+            contents.update(f"{self._keys[entry]}\0{self._captions[entry]}\0{mark}\0".encode())
+        return digest(contents.hexdigest(), self.size, self.channels, self.flip, VERSION)
+
+    def keep(self, wanted: Sequence[bool]) -> None:
+        """Leaves out the images (not counting mirrored ones) whose place in `wanted` says False."""
+        self.kept = self.kept[np.array(wanted, dtype=bool)]
+
+    def report(self) -> str:
+        n, missing, kind = len(self.kept), self._missing(), "RGB" if self.channels == 3 else "grey"
+        found = f"{n - len(missing):,} captions, {len(missing):,} missing"
+        lines = [f"{self.where}: {n:,} images{self._share}, {found}; {kind}, {self.size}x{self.size}"]
+        if self.flip:
+            lines.append("each image is used as it is and mirrored")
+        example = next((caption for e in self.kept if (caption := self._captions[e])), None)
+        lines.append(f"captions from {self.caption_source}" + (f', such as "{example[:80]}"' if example else ""))
+        if len(missing):
+            lines.append(f"empty captions: {_some(missing, 5)}")
+        if self.broken:
+            listed = [f"{key} ({reason})" for key, reason in self.broken.items()]
+            lines.append(
+                f"broken images left out: {len(self.broken):,} of {self.scanned:,} looked at: {_some(listed, LISTED)}"
+            )
+        if self.enlarged:
+            lines.append(f"{self.enlarged:,} images are smaller than {self.size} pixels and are enlarged")
+        return "\n".join([*lines, *self.notes])
+
+    def _locate(self, i: int) -> tuple[int, bool]:  # entry, mirrored
+        if not 0 <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        return int(self.kept[i % len(self.kept)]), i >= len(self.kept)
+
+    def _missing(self) -> np.ndarray:  # keys
+        kept = self._keys[self.kept]
+        return kept[self._captions[self.kept] == ""]
+
+    def _part(self, split: Split, share: float) -> np.ndarray:
+        """-> entries of the split, in order."""
+        if not 0 <= share < 1:
+            raise UserError(f"validation_share: {share}; it takes a number from 0 to below 1, such as 0.05")
+        if split == "all":
+            if share:
+                raise UserError(
+                    f"validation_share: {share} says nothing with split: all; set split: train or validation"
+                )
+            return np.arange(len(self._keys))
+        held = np.array([fraction(key) < share for key in self._keys], dtype=bool)
+        kept = np.flatnonzero(held if split == "validation" else ~held)
+        if len(kept) == 0:
+            raise UserError(
+                f"{self.where}: no image is in the {split} split: validation_share is {share} of {len(self._keys):,} "
+                f"images; give a {'larger' if split == 'validation' else 'smaller'} share, such as 0.1, or more images"
+            )
+        return kept
+
+    def _scan(self, max_broken: float) -> None:
+        """Decodes images, leaves the broken ones out, and sets `broken` (key -> reason), `scanned`, `enlarged`."""
+        picked = self.kept if self.scan == "all" else self.kept[:: max(1, -(-len(self.kept) // SAMPLE))]
+        log.info("%s: looking at %d images", self.where, len(picked))
+        reasons, self.enlarged, self.scanned = {}, 0, len(picked)
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for first in range(0, len(picked), 1024):  # in pieces: a million futures at once would be a gigabyte
+                piece = picked[first : first + 1024]
+                for entry, (reason, small) in zip(piece, pool.map(self._examine, piece), strict=True):
+                    self.enlarged += small
+                    if reason:
+                        reasons[entry] = reason
+        self.broken = {str(self._keys[entry]): reason for entry, reason in reasons.items()}
+        for key, reason in self.broken.items():
+            log.warning("%s: %s is broken: %s", self.where, key, reason)
+        if self.broken and (len(self.broken) == len(picked) or len(self.broken) > max_broken * len(picked)):
+            listed = [f"{key} ({reason})" for key, reason in self.broken.items()]
+            raise UserError(
+                f"{self.where}: {len(self.broken):,} of {len(picked):,} images are broken, "
+                f"max_broken allows {max_broken:.1%}: {_some(listed, LISTED)}"
+            )
+        self.kept = self.kept[~np.isin(self.kept, list(reasons))]
+
+    def _examine(self, entry: int) -> tuple[str | None, bool]:  # why it is broken, whether it is smaller than `size`
+        try:
+            data = self.read(entry)
+            small = min(decode(data, at_least=2 * self.size).size) < self.size
+        except (BrokenImage, OSError) as error:
+            return str(error), False
+        self._hashes[entry] = hashlib.sha256(data).hexdigest()
+        return None, small
+
+
+def fraction(*keys: int | str) -> float:
+    """-> number in [0, 1) that depends on the keys alone, as if drawn uniformly."""
+    return key_to_seed(0, "split", *keys) / 2**64
+
+
+def _some(names: Sequence[str], n: int) -> str:
+    return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")

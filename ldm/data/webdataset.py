@@ -1,0 +1,232 @@
+"""WebDataset shards on a local disk: tar files whose members of one name make a sample (0001.jpg, 0001.txt).
+
+The tar files are indexed once, then read by seeking: random access, so the order and a resume are as exact as for a
+folder. (The webdataset library, which streams, is only needed to write shards.)
+"""
+
+import glob
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from ldm.common.files import UserError, nearest
+from ldm.data.captions import CAPTION_COLUMNS, decode_text
+from ldm.data.folder import no_folder, picture_suffixes
+from ldm.data.pictures import Pictures, Scan, Split
+
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how such files begin
+
+
+class WebDataset(Pictures):
+    """shards: a folder of .tar files, a pattern ("data/*.tar", "data/{000..012}.tar"), or one file.
+
+    caption_key: the ending of the members that hold the captions; a json member has them under caption, text or prompt.
+    An item's key is the sample's name in the shard, after the shard's own name where several shards have it. The other
+    settings: see Pictures.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        size: int,
+        caption_key: str = "txt",
+        channels: Literal[1, 3] = 3,
+        flip: bool = False,
+        split: Split = "all",
+        validation_share: float = 0.0,
+        scan: Scan = "all",
+        max_broken: float = 0.05,
+        empty_ok: bool = False,
+    ) -> None:
+        self.shards = find_shards(shards)
+        index = Index(caption_key.lower().removeprefix("."))
+        for number, shard in enumerate(self.shards):
+            index.add(number, shard)
+        if not index.keys:
+            raise UserError(f"{shards}: no image in {len(self.shards):,} shards; they hold {_endings(index.endings)}")
+        if not index.captions and not empty_ok:
+            raise UserError(
+                f"{shards}: caption_key: no .{index.caption_key} in the shards; they hold {_endings(index.endings)}; "
+                "name one of these, or set empty_ok: true for images without captions"
+            )
+        self._shard = np.array(index.shard, dtype=np.int32)
+        self._span = np.array(index.span, dtype=np.int64).reshape(-1, 2)  # offset and length of the image in its shard
+        keys = index.unique_keys(self.shards)
+        super().__init__(
+            shards, keys, [index.captions.get(e) for e in range(len(keys))], size=size, channels=channels, flip=flip,
+            split=split, validation_share=validation_share, scan=scan, max_broken=max_broken, empty_ok=empty_ok,
+            caption_source=f".{index.caption_key} members of {len(self.shards):,} shards", notes=index.notes(),
+        )  # fmt: skip
+
+    def read(self, entry: int) -> bytes:
+        offset, length = self._span[entry]
+        with open(self.shards[self._shard[entry]], "rb") as file:  # anew: workers who share a handle share its place
+            file.seek(offset)
+            return file.read(length)
+
+    def weight(self, entry: int) -> int:
+        return int(self._span[entry, 1])
+
+
+@dataclass
+class Index:
+    """Where each sample's image lies, and its caption. Samples are entries 0, 1, 2 ... in the order of the shards."""
+
+    caption_key: str
+    keys: list[str] = field(default_factory=list)
+    shard: list[int] = field(default_factory=list)
+    span: list[tuple[int, int]] = field(default_factory=list)
+    captions: dict[int, str] = field(default_factory=dict)  # entry -> caption
+    endings: Counter = field(default_factory=Counter)
+    repeated: list[str] = field(default_factory=list)  # members left out, as their sample has such a member already
+    no_image: list[str] = field(default_factory=list)  # samples
+    latin: list[str] = field(default_factory=list)  # members which are not UTF-8
+
+    def add(self, number: int, shard: Path) -> None:
+        """Reads shard number `number`. Raises UserError where it is no tar file, is compressed or damaged."""
+        suffixes, images, captions = picture_suffixes(), {}, {}
+        with open(shard, "rb") as file:
+            try:
+                tar = tarfile.TarFile(fileobj=file)
+                for member in tar:
+                    key, ending = split_name(member.name)
+                    if not key or not member.isfile():
+                        continue
+                    self.endings[ending] += 1
+                    if "." + ending in suffixes:
+                        self._put(images, key, (member.offset_data, member.size), member.name)
+                    elif ending == self.caption_key:
+                        text = self._caption(f"{shard}: {member.name}", tar.extractfile(member).read())
+                        self._put(captions, key, text, member.name)
+            except tarfile.ReadError as error:
+                raise UserError(f"{shard}: {_trouble(file, error)}") from error
+            file.seek(tar.offset)  # tarfile takes a damaged header for the end
+            if file.read(512).strip(b"\0"):
+                raise UserError(
+                    f"{shard}: damaged or cut off after {len(images):,} images, at byte {tar.offset:,}; copy it again"
+                )
+        self.no_image += [key for key in captions if key not in images]
+        for key, span in images.items():
+            if caption := captions.get(key):
+                self.captions[len(self.keys)] = caption
+            self.keys.append(key)
+            self.shard.append(number)
+            self.span.append(span)
+
+    def _put(self, members: dict, key: str, value: object, name: str) -> None:
+        if key in members:
+            self.repeated.append(name)
+        else:
+            members[key] = value
+
+    def _caption(self, where: str, data: bytes) -> str:
+        text, utf = decode_text(data)
+        if not utf:
+            self.latin.append(where)
+        if self.caption_key == "json":
+            text = _from_json(where, text)
+        return " ".join(text.split())
+
+    def unique_keys(self, shards: list[Path]) -> list[str]:
+        """-> keys, after the shard's name (and folder, if there are several) where another shard has the same."""
+        counts, top = Counter(self.keys), os.path.commonpath([path.absolute().parent for path in shards])
+        names = [path.absolute().relative_to(top).with_suffix("").as_posix() for path in shards]
+        placed = zip(self.keys, self.shard, strict=True)
+        return [key if counts[key] == 1 else f"{names[shard]}/{key}" for key, shard in placed]
+
+    def notes(self) -> list[str]:
+        """-> lines for the report."""
+        shared = sum(count > 1 for count in Counter(self.keys).values())
+        lines = [
+            (shared, "names are in several shards; there, the shard's name precedes them", []),
+            (len(self.repeated), "members left out, as their sample has an image or caption already", self.repeated),
+            (len(self.no_image), "captions without an image", self.no_image),
+            (len(self.latin), "captions are not UTF-8 and were read as Latin-1", self.latin),
+        ]
+        return [f"{n:,} {what}" + f": {', '.join(names[:5])}" * bool(names) for n, what, names in lines if n]
+
+
+def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
+    """-> sample, ending in lower case, as the library has them: "a/0001.seg.PNG" -> "a/0001", "seg.png"."""
+    match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, flags=re.DOTALL)
+    return (match[1], match[2].lower()) if match else (None, None)
+
+
+def _from_json(where: str, text: str) -> str:
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} at line {error.lineno}") from error
+    name = next((name for name in CAPTION_COLUMNS if isinstance(record, dict) and name in record), None)
+    if name is None:
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"{where}: no key is the caption's; found: {found}; known: {', '.join(CAPTION_COLUMNS)}")
+    return str(record[name] or "")
+
+
+def _trouble(file: BinaryIO, error: Exception) -> str:
+    file.seek(0)
+    start = file.read(6)
+    packer = next((name for magic, name in PACKED.items() if start.startswith(magic)), None)
+    if packer:
+        return f"compressed with {packer}, which allows no random access; unpack it to a plain .tar"
+    return f"not a whole tar file ({error}); copy it again"
+
+
+def find_shards(shards: str) -> list[Path]:
+    """-> the files that a folder, a pattern with * ? [] or {000..012} or {a,b}, or a path stands for."""
+    if "://" in shards or shards.startswith("pipe:"):
+        raise UserError(
+            f"shards: {shards}: only files on a local disk are read; download the shards and name their folder"
+        )
+    found: list[Path] = []
+    for pattern in expand(os.path.expanduser(shards)):
+        path = Path(pattern)
+        if path.is_dir():
+            hits = sorted(path.glob("*.tar"))
+        elif path.is_file():
+            hits = [path]
+        else:
+            hits = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        if not hits:
+            raise UserError(f"shards: {_nothing(path)}")
+        found += hits
+    return list(dict.fromkeys(found))
+
+
+def _nothing(path: Path) -> str:
+    if path.is_dir():
+        return f"{path}: no .tar file in this folder"
+    if not path.parent.is_dir() and not glob.has_magic(str(path.parent)):
+        return no_folder(path.parent)
+    tars = sorted(other.name for other in path.parent.glob("*.tar"))
+    near = nearest(path.name, tars)
+    there = (
+        f"nearest: {near}"
+        if near
+        else f"the folder has {', '.join(tars[:5])}"
+        if tars
+        else "the folder has no .tar file"
+    )
+    return f"{path}: no such file; {there}"
+
+
+def expand(pattern: str) -> list[str]:
+    """Braces as a shell has them: {000..012} counts with its leading zeros, {a,b} chooses."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    first, last, choices = match.groups()
+    words = choices.split(",") if choices else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    return [whole for word in words for whole in expand(pattern[: match.start()] + word + pattern[match.end() :])]
+
+
+def _endings(endings: Counter) -> str:
+    return ", ".join(f"{count:,} .{ending}" for ending, count in endings.most_common(10)) or "no files"

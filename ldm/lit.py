@@ -1,0 +1,152 @@
+"""DiffusionModule: stage 2 under Lightning. It wires; the mathematics is in loss.py, denoiser.py and process.py."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from autoencoder.base import Autoencoder
+from ldm.bundle import Bundle, build_denoiser
+from ldm.callbacks.ema import EmaUpdate
+from ldm.callbacks.finite import FiniteGradients
+from ldm.common.build import Block
+from ldm.common.ema import Ema
+from ldm.common.optim import make_optimizer, make_schedule
+from ldm.common.random import normal, uniform
+from ldm.cond import Cond
+from ldm.denoiser import impossible
+from ldm.loss import WEIGHTS, LogitNormal, MinSNR, Uniform, diffusion_loss
+from ldm.process import Process, RectifiedFlow
+
+QUARTILES = 4
+
+
+class DiffusionModule(pl.LightningModule):
+    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
+
+    A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
+    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
+    the run, from which all randomness follows.
+
+    Args:
+        autoencoder, seed, sampling: given by the program.
+        conditioner: batch -> Cond; None trains without conditions.
+        network: block of the network; its sizes follow from the autoencoder and the conditioner.
+        process, parameterization: see ``ldm.process``, ``ldm.parameterization``.
+        density: draws t from uniform numbers; weight: a name of ``ldm.loss.WEIGHTS`` or an object.
+        optimizer, schedule: blocks; no schedule: a constant learning rate.
+        ema_decay: of the averaged weights that sampling uses; None keeps none.
+    """
+
+    kind = "diffusion"
+    given = ("autoencoder", "seed", "sampling")
+
+    def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
+                 process: Process | None = None, parameterization: Literal["noise", "data", "v", "flow"] = "flow",
+                 density: Uniform | LogitNormal | None = None, weight: Literal["uniform", "min_snr"] | MinSNR = "uniform",
+                 schedule: Block | None = None, ema_decay: float | None = 0.9999, seed: int = 23, sampling: dict | None = None):
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner)
+        self.model = nn.ModuleDict({"denoiser": denoiser})
+        if conditioner is not None:
+            self.model["conditioner"] = conditioner
+        self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
+        self.density = density or Uniform()
+        self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
+        self.optimizer, self.schedule = optimizer, schedule
+        self.seed, self.sampling = seed, dict(sampling or {})
+        self.images_seen = 0  # by all processes together
+
+    @property
+    def conditioner(self) -> nn.Module | None:
+        return self.model["conditioner"] if "conditioner" in self.model else None
+
+    def bundle(self, ema: bool = True) -> Bundle:
+        """The model as it samples now, with the averaged weights if there are any. Shares its tensors with training."""
+        model = self.ema.shadow if ema and self.ema is not None else self.model
+        conditioner = model["conditioner"] if "conditioner" in model else None
+        return Bundle(self.autoencoder, conditioner, model["denoiser"], sampling=self.sampling)
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "posterior")
+        t = self.density(uniform(self.seed, "t", positions, z.device), self.model["denoiser"].process)
+        noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
+        cond = self.condition(self.model, batch, uniform(self.seed, "drop", positions, z.device))
+        loss = diffusion_loss(self.model["denoiser"], z, cond, t, noise, self.weight).mean()
+        self.images_seen += len(z) * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
+        return loss
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        """The loss on the same noise and times every time, in each quarter of the time axis, for both sets of weights."""
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "val/posterior")
+        noise = normal(z.shape[1:], self.seed, "val/noise", positions, z.device)
+        share = uniform(self.seed, "val/t", positions, z.device)
+        models = {"val/loss": self.model} | ({} if self.ema is None else {"val/loss_ema": self.ema.shadow})
+        for name, model in models.items():
+            cond, losses = self.condition(model, batch), []
+            for quarter in range(QUARTILES):
+                t = Uniform()((quarter + share) / QUARTILES, model["denoiser"].process)
+                losses.append(diffusion_loss(model["denoiser"], z, cond, t, noise).mean())
+                self.log(f"{name}_q{quarter + 1}", losses[-1], batch_size=len(z), sync_dist=True)
+            self.log(name, torch.stack(losses).mean(), batch_size=len(z), sync_dist=True)
+
+    @torch.no_grad()
+    def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
+        """A draw of q(z|x) (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
+        with torch.autocast(self.device.type, enabled=False):
+            if "latent" in batch:
+                mean, std = batch["latent"].float(), batch.get("latent_std")
+            else:
+                mean, std = self.autoencoder.posterior(batch["image"].float())
+        if std is None:
+            return mean
+        return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
+
+    def condition(self, model: nn.ModuleDict, batch: dict, chance: Tensor | None = None) -> Cond:
+        """The batch's condition; with ``chance`` (B,) uniform numbers, captions are dropped as the conditioner says."""
+        if "conditioner" not in model:
+            return Cond()
+        conditioner = model["conditioner"]
+        cond = conditioner(batch)
+        return cond if chance is None or not conditioner.dropout else conditioner.drop(cond, chance >= conditioner.dropout)
+
+    def configure_optimizers(self) -> dict:
+        optimizer = make_optimizer(self.optimizer, self.model)
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        return {"optimizer": optimizer,
+                "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [FiniteGradients()] + ([] if self.ema is None else [EmaUpdate()])
+
+    def train(self, mode: bool = True) -> DiffusionModule:
+        super().train(mode)
+        for frozen in (self.autoencoder, self.ema):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.images_seen = checkpoint["images_seen"]
+
+
+def _check_params(params: dict, path: str) -> list[str]:
+    """Combinations that cannot be, found before anything is built (see ``ldm.common.build.check``)."""
+    from ldm.common.build import build
+
+    process = params.get("process")
+    process = build(process) if process else RectifiedFlow()
+    return [f"{path}.parameterization: {problem}" for problem in impossible(process, params.get("parameterization", "flow"))]
+
+
+DiffusionModule.check_params = staticmethod(_check_params)

@@ -1,0 +1,204 @@
+"""ldm.load: from a path to a Bundle. Files are mapped into memory, and nothing in them is ever executed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.bundle import Bundle
+from ldm.common import config as configs
+from ldm.common.build import plain
+from ldm.common.files import UserError, nearest
+
+log = logging.getLogger(__name__)
+
+READ = "read are a .ckpt or .safetensors that this program wrote, and a run folder"
+PARTS = ("autoencoder", "conditioner", "denoiser")
+LEFT_BEHIND = ("critic", "loss")  # what only training needs
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
+FOREIGN = {  # names of tensors in other people's files -> what such a file is
+    r"lora": "a LoRA, which changes another model and is none by itself",
+    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a CompVis or Stable Diffusion checkpoint",
+    r"^encoder\.down\.\d": "an autoencoder of CompVis",
+    r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
+    r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
+    r"^param_groups$": "an optimizer's state",
+}
+DIFFERENCES = 5  # between configs, that a warning names
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file as it is: what it says of itself, and tensors by the names that they have in it (wrappers removed)."""
+
+    path: Path
+    about: dict
+    tensors: dict[str, Tensor]
+    step: int | None = None
+
+    @property
+    def has_ema(self) -> bool:
+        return any(key.startswith("ema.") for key in self.tensors)
+
+    def weights(self, ema: bool) -> dict[str, Tensor]:
+        """By the names of a Bundle: the averaged weights where they are there and wanted."""
+        raw = {key.removeprefix("model."): value for key, value in self.tensors.items() if not key.startswith("ema.")}
+        found = {key: value for key, value in raw.items() if key.split(".")[0] not in LEFT_BEHIND}
+        if ema:
+            averaged = (key for key in self.tensors if key.startswith("ema.") and key != "ema.updates")
+            names = {key: key.removeprefix("ema.").removeprefix("shadow.") for key in averaged}
+            alone = self.about["kind"] == "autoencoder"  # its average is of the autoencoder, without that word
+            found |= {f"autoencoder.{name}" if alone and name.split(".")[0] not in PARTS else name: self.tensors[key]
+                      for key, name in names.items()}  # fmt: skip
+        return found
+
+
+def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: bool = True,
+         device: torch.device | str = "cpu", dtype: torch.dtype | None = None, trust: bool = False) -> Bundle:
+    """The model in a file or run folder, in eval mode.
+
+    Args:
+        path: .ckpt or .safetensors, or a run folder, of which the finished or else the last checkpoint is taken.
+        config: a file or mapping to compare with the checkpoint's own, which is the one that is used.
+        ema: take the averaged weights, if there are any, in place of those that the optimizer moves.
+        dtype: of conditioner and denoiser, as in the file if None. The autoencoder keeps its own: it overflows in half.
+        trust: build what the checkpoint's config names even outside of this program and torch, that is, run that code.
+
+    Raises:
+        UserError: for whatever is not such a file, is damaged, or does not belong together; in one line.
+    """
+    found = read(path)
+    if config is not None:
+        _warn_of_differences(found, config)
+    about = found.about
+    try:
+        bundle = Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
+    except ValueError as error:
+        raise UserError(f"{found.path}: the model that its config describes cannot be built: {error}") from error
+    bundle.assign(found.weights(ema), origin=str(found.path))
+    _check_autoencoder(found, bundle)
+    if found.has_ema:
+        log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
+    for part in (bundle.conditioner, bundle.denoiser):
+        if part is not None:
+            part.to(dtype=dtype)
+    return bundle.to(device)
+
+
+def read(path: str | Path) -> Checkpoint:
+    """A checkpoint's contents, mapped into memory; the model is not built."""
+    file = find(Path(path))
+    about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    if about is None:
+        raise UserError(f"{file}: this is {_foreign(tensors)}; {READ}")
+    if about.get("kind") not in ("diffusion", "autoencoder") or "model" not in (about.get("config") or {}):
+        raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
+    return Checkpoint(file, about, {WRAPPERS.sub("", key): value for key, value in tensors.items()}, step)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint file that a path means."""
+    path = path.expanduser()
+    if path.is_file():
+        return path
+    if not path.exists():
+        folder = path.parent
+        near = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
+        raise UserError(f"{path}: no such file or folder" + (f"; nearest: {folder / near}" if near else ""))
+    if (path / "model_index.json").is_file():
+        raise UserError(f"{path}: this is a pipeline folder of diffusers; {READ}")
+    tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
+    if (path / "DONE").is_file():
+        named = json.loads((path / "DONE").read_text()).get("checkpoint")
+        tries = [path / named, *tries] if named else tries  # an absolute name stays as it is
+    for file in tries:
+        if file.is_file():
+            return file
+    inside = sorted(str(file.parent.parent) for file in path.glob("*/checkpoints/last.ckpt"))
+    hint = f"; run folders in it: {', '.join(inside)}" if inside else "; a run folder holds checkpoints/last.ckpt"
+    raise UserError(f"{path}: a folder without a checkpoint{hint}")
+
+
+def _read_safetensors(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            names = opened.keys()
+            tensors = {key: opened.get_tensor(key) for key in names}
+            text = (opened.metadata() or {}).get("ldm")
+        return json.loads(text) if text else None, tensors, None
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: damaged, or no .safetensors file ({_one_line(error)})") from error
+
+
+def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]:
+    if not zipfile.is_zipfile(file):  # the zip's directory is at its end: half a file has none
+        with open(file, "rb") as opened:
+            begins_as_zip = opened.read(4) == b"PK\x03\x04"
+        said = "damaged: its end is missing" if begins_as_zip else "not a checkpoint"
+        raise UserError(f"{file}: {said} ({file.stat().st_size:,} bytes); {READ}")
+    try:
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file}: holds more than tensors and plain data ({_refused(error)}), which could run code and "
+                        f"is not read; {READ}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
+    tensors = {str(key): value for key, value in saved.get("state_dict", saved).items()}
+    return saved.get("ldm"), tensors, saved.get("global_step")
+
+
+def _foreign(tensors: Mapping[str, Tensor]) -> str:
+    """What a file without our mark seems to be."""
+    for pattern, kind in FOREIGN.items():
+        if any(re.search(pattern, key) for key in tensors):
+            return kind
+    return f"a file that does not say what model it holds (it has {', '.join(list(tensors)[:2]) or 'nothing'} ...)"
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What torch refused to unpickle."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported \w+ ([\w.]+)", str(error))
+    return named[1] if named else _one_line(error)
+
+
+def _check_autoencoder(found: Checkpoint, bundle: Bundle) -> None:
+    expected = found.about.get("autoencoder_hash")
+    if found.about["kind"] == "diffusion" and expected and (got := bundle.autoencoder.content_hash()) != expected:
+        raise UserError(f"{found.path}: its autoencoder (hash {got}) is not the one that the model was trained with "
+                        f"(hash {expected}); the file was put together from two")
+
+
+def _warn_of_differences(found: Checkpoint, given: str | Path | Mapping) -> None:
+    given = plain(given if isinstance(given, Mapping) else configs.load([given]))
+    ours = dict(_leaves(found.about["config"]["model"], "model"))
+    changed = [f"{key}: {ours.get(key)!r} (given: {value!r})"
+               for key, value in _leaves(given.get("model"), "model") if ours.get(key) != value]  # fmt: skip
+    if changed:
+        more = f" and {len(changed) - DIFFERENCES} more" if len(changed) > DIFFERENCES else ""
+        log.warning("%s holds its own config, which is used; the one given differs in %s%s", found.path,
+                    ", ".join(changed[:DIFFERENCES]), more)
+
+
+def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
+    if not isinstance(value, dict):
+        yield path, value
+    else:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__

@@ -1,0 +1,1 @@
+"""Networks: (x, time, cond) -> out."""

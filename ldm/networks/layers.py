@@ -1,0 +1,181 @@
+"""Layers that the networks share. Shapes: pictures (B, C, H, W), token sequences (B, N, D)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """The layer with all parameters zero: a residual branch that starts as nothing."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+def timestep_embedding(time: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """(B,) -> (B, dim): [cos(time * f_k), sin(time * f_k)], f_k = max_period^(-k / half) (DDPM, 2006.11239).
+
+    ``time`` is in training steps, 0..1000, whatever the process; an odd ``dim`` ends in a zero.
+    """
+    half = dim // 2
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=time.device, dtype=torch.float32) / half)
+    angles = time.float()[:, None] * freqs
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least 4 channels: one channel a group would erase the time embedding that is added."""
+    groups = next((g for g in (32, 16, 8, 4, 2) if channels % g == 0 and channels // g >= 4), 1)
+    return nn.GroupNorm(groups, channels)
+
+
+class ResBlock(nn.Module):
+    """Residual block that sees the embedding of time (and class): DDPM's, with ADM's options (2105.05233).
+
+    Args:
+        embedding: width of the embedding (B, E).
+        scale_shift: AdaGN, norm(h) * (1 + scale) + shift; otherwise the embedding is added.
+        resample: "up", "down" or None: BigGAN's resampling inside the block.
+    """
+
+    def __init__(self, channels: int, out_channels: int, embedding: int, dropout: float = 0.0,
+                 scale_shift: bool = False, resample: str | None = None):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.norm1, self.conv1 = group_norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.embed = nn.Linear(embedding, out_channels * (2 if scale_shift else 1))
+        self.norm2, self.dropout = group_norm(out_channels), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:  # (B,C,H,W), (B,E) -> (B,C',H',W')
+        h = F.silu(self.norm1(x))
+        if self.resample == "up":
+            x, h = (F.interpolate(y, scale_factor=2.0, mode="nearest") for y in (x, h))
+        elif self.resample == "down":
+            x, h = (F.avg_pool2d(y, 2) for y in (x, h))
+        h = self.conv1(h)
+        e = self.embed(F.silu(embedding))[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + e)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution."""
+
+    def __init__(self, channels: int, out_channels: int | None = None):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H/2,W/2)
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, out_channels: int | None = None):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',2H,2W)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x on ``context`` (on itself if None); keys where ``mask`` is False are not seen.
+
+    Args:
+        qk_norm: normalise queries and keys per head (2302.05442): steady at high learning rates.
+    """
+
+    def __init__(self, dim: int, context_dim: int | None = None, heads: int = 8, head_dim: int = 64,
+                 qk_norm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim or dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim or dim, inner, bias=False)
+        self.norm_q = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        # x (B,N,D), context (B,L,E), mask (B,L) True where real -> (B,N,D)
+        context = x if context is None else context
+        q, k, v = (rearrange(layer(y), "b n (h d) -> b h n d", h=self.heads)
+                   for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
+        seen = None if mask is None else mask[:, None, None, :]
+        h = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, attn_mask=seen)
+        return self.out(rearrange(h, "b h n d -> b n (h d)"))
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate) (2002.05202), back to ``dim``."""
+
+    def __init__(self, dim: int, mult: int = 4, dropout: float = 0.0):
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * mult * dim)
+        self.out = nn.Sequential(nn.Dropout(dropout), nn.Linear(mult * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,N,D)
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each pre-normed with a residual (LDM, 2112.10752, table 15)."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, ff_mult: int = 4,
+                 qk_norm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        shared = dict(heads=heads, head_dim=head_dim, qk_norm=qk_norm, dropout=dropout)
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, **shared)
+        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, context_dim, **shared)
+        self.norm3, self.ff = nn.LayerNorm(dim), GEGLU(dim, ff_mult, dropout)
+
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the positions of a feature map, with text as the context of its cross-attention.
+
+    Args:
+        linear: project with Linear layers on tokens (SD 2) in place of 1x1 convolutions (LDM, SD 1): the same map.
+    """
+
+    def __init__(self, channels: int, context_dim: int, heads: int, head_dim: int, depth: int = 1, ff_mult: int = 4,
+                 linear: bool = True, qk_norm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        inner = heads * head_dim
+        self.linear = linear
+        self.norm = nn.GroupNorm(group_norm(channels).num_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner) if linear else nn.Conv2d(channels, inner, 1)
+        self.blocks = nn.ModuleList(TransformerBlock(inner, context_dim, heads, head_dim, ff_mult, qk_norm, dropout)
+                                    for _ in range(depth))
+        self.proj_out = zero(nn.Linear(inner, channels) if linear else nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:  # (B,C,H,W)
+        height = x.shape[2]
+        h = self.norm(x)
+        h = h if self.linear else self.proj_in(h)
+        h = rearrange(h, "b c h w -> b (h w) c")
+        h = self.proj_in(h) if self.linear else h
+        for block in self.blocks:
+            h = block(h, context, mask)
+        h = self.proj_out(h) if self.linear else h
+        h = rearrange(h, "b (h w) c -> b c h w", h=height)
+        return x + (h if self.linear else self.proj_out(h))

@@ -1,0 +1,198 @@
+"""Training. Reads configs, checks them, builds, and runs the stages: autoencoder, then diffusion model on its latents.
+
+    python main.py --base configs/ldm_txt2img.yaml -t                    all stages; what is finished already is used
+    python main.py --base configs/ldm_txt2img.yaml -t --resume auto      goes on where an interrupted run stopped
+    python main.py --base CFG --check trainer.max_steps=100              what it would do: sizes, memory, arithmetic
+
+key=value arguments change the config; those that begin with stage1. change the config that autoencoder.config names.
+Exit status: 0 done, 2 mistake in what was given, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint saved.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("-b", "--base", nargs="+", default=[], metavar="CFG", help="config files, merged left to right")
+    add("-t", "--train", action="store_true", help="train")
+    add("-r", "--resume", metavar="RUN", help="run folder or .ckpt to go on from; auto: newest unfinished run of this name")
+    add("-n", "--name", help="of the run, in place of the config's")
+    add("-p", "--postfix", help="added to the name of the run folder")
+    add("-l", "--logdir", default="logs", help="folder of run folders (%(default)s)")
+    add("-s", "--seed", type=int, help="in place of the configs' (23)")
+    add("--no-test", "--no_test", action="store_true", help="no sheet of pictures at the end")
+    add("--scale-lr", "--scale_lr", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="multiply learning rates by devices x batch x accumulation (%(default)s)")
+    add("--check", action="store_true", help="check everything, print the plan, and stop")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the config, such as trainer.max_steps=100")
+    args = parser.parse_intermixed_args(argv)
+    args.overrides += [word for word in args.base if "=" in word]  # `-b CFG key=value` reads as two configs
+    args.base = [word for word in args.base if "=" not in word]
+    if not args.base and args.resume and (Path(args.resume) / "config.yaml").is_file():
+        args.base = [str(Path(args.resume) / "config.yaml")]
+    if not args.base:
+        parser.error("which config? add --base configs/ldm_txt2img.yaml")
+    if not (args.train or args.check):
+        parser.error("nothing to do: add -t to train, or --check to see the plan")
+    return args
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false", "yes", "no", "1", "0"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() in ("true", "yes", "1")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    from ldm.app import launch, stages, terminal  # torch is imported from here on
+    from ldm.common.files import UserError
+
+    terminal.set_up(launch.rank())
+    try:
+        planned, mistakes = stages.read(args.base, args.overrides, name=args.name, seed=args.seed)
+        if mistakes:
+            raise launch.OnAllRanks("\n".join(mistakes))
+        if args.check:
+            return check(planned, args)
+        probe = [make_trainer(stage) for stage in planned][-1]
+        if probe.world_size > 1 and not launch.started():
+            if probe.num_nodes > 1:
+                raise UserError(f"trainer.num_nodes: {probe.num_nodes} machines are started together, by torchrun or srun")
+            return launch.start(probe.num_devices, [sys.executable, __file__, *argv])
+        probe.strategy.setup_environment()  # processes find one another before the first decision
+        return run(planned, args, probe)
+    except UserError as error:
+        if launch.rank() == 0 or not isinstance(error, launch.OnAllRanks):
+            terminal.report(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def check(planned: list, args: argparse.Namespace) -> int:
+    """Prints the plan; gives back 2 where something is in its way."""
+    from ldm.app import plan, stages, survey, terminal
+
+    problems = [mistake for stage in planned for mistake in stage.open()]
+    world = survey.world(planned[-1].trainer)
+    for stage in planned if args.scale_lr else ():
+        stages.scale_lr(stage, world)
+    surveys, more = survey.surveys(planned, world)
+    for found in surveys:
+        terminal.say("\n  ".join(plan.summary(found) + plan.details(found)))
+    terminal.report("\n".join(problems + more))
+    return 2 if problems or more else 0
+
+
+def run(planned: list, args: argparse.Namespace, group) -> int:
+    """All stages; every process walks through them. group: a Trainer, for what it knows of the other processes."""
+    from ldm.app import launch, plan, runs, stages, survey, terminal
+
+    tell = terminal.say if group.is_global_zero else terminal.silent
+    mistakes = [mistake for stage in planned for mistake in stage.open()]
+    for stage in planned if args.scale_lr else ():
+        stages.scale_lr(stage, group.world_size)
+    surveys, more = survey.surveys(planned, group.world_size) if not mistakes else ([], [])
+    if mistakes + more:
+        raise launch.OnAllRanks("\n".join(mistakes + more))
+    launch.in_turn(group, lambda: [survey.prepare(found.module) for found in surveys])
+    jobs, notes = launch.decided(group, lambda: runs.jobs(planned, args.logdir, args.resume, args.postfix))
+    for note in notes:
+        tell(note)
+    checkpoint = None
+    for job in jobs:
+        found = surveys[job.number - 1]
+        if job.action == "reuse":
+            checkpoint = job.checkpoint
+            tell(f"{found.stage.label}: finished already, {job.run} is used (same config and data)")
+            continue
+        checkpoint, signal = train(job, found, checkpoint, args, group, tell)
+        if signal is not None:
+            return 128 + signal
+    for line in plan.closing(planned[-1], checkpoint):
+        tell(line)
+    launch.leave()
+    return 0
+
+
+def train(job, survey, before: Path | None, args: argparse.Namespace, group, tell) -> tuple[Path, int | None]:
+    """One stage, to its end or to a signal -> its last checkpoint, and the signal. before: stage 1's checkpoint."""
+    from time import monotonic
+
+    from pytorch_lightning import seed_everything
+
+    from ldm.app import launch, parts, plan, runs
+    from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, seeding, stop
+    from ldm.common.config import Checkpoint, Logging, section
+
+    began, stage = monotonic(), survey.stage
+    logging, saving = section(stage.config, Logging), section(stage.config, Checkpoint)
+    seed_everything(stage.seed, verbose=False)
+    autoencoder, block = parts.autoencoder_of(stage, job.checkpoint or before)
+    module = parts.make_module(stage, autoencoder, stage.picture)
+    need = (saving.keep + 1) * survey.checkpoint
+    folder = launch.decided(group, lambda: runs.run_folder(job, stage, module, args.logdir, args.postfix, need))
+    tell("\n  ".join([*plan.summary(survey), *stage.train.report().splitlines(), f"run folder {folder}"]))
+
+    timer, stopper = clock.Clock(), stop.Stop()
+    saver = checkpoints.Checkpoints(folder / "checkpoints", saving.every, saving.keep, parts.describer(stage, block), timer)
+    boards = [dashboard.Dashboard(folder, stage.config, logging.wandb)] if logging.wandb and group.is_global_zero else []
+    try:
+        data, validation, panel = parts.prepared(stage, module, args.logdir, group.strategy.root_device, tell)
+        pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
+        strategy = getattr(module, "strategy", None) if group.world_size > 1 else None
+        trainer = make_trainer(stage, strategy, plugins=[saver.io], callbacks=[
+            timer, seeding.Seeding(stage.seed), metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
+            progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
+        ])  # fmt: skip
+        tell(f"{stage.label}: training; pictures in {pictures.folder}, numbers in {folder / 'metrics.jsonl'}")
+        trainer.fit(module, parts.endless(stage, module, data), parts.one_pass(stage, validation), ckpt_path=job.checkpoint)
+        if stopper.signal is None:
+            module.to(trainer.strategy.root_device)
+            tell(parts.finish(stage, module))
+        saver.save_final(trainer)
+        if stopper.signal is not None:
+            tell(f"{stage.label}: stopped at step {trainer.global_step}, saved as {saver.last}; the same command with "
+                 "--resume auto goes on from there")  # fmt: skip
+            return saver.last, stopper.signal
+        if not args.no_test and trainer.is_global_zero:
+            pictures.draw(module, trainer.global_step, "final.png")
+        if trainer.is_global_zero:
+            runs.write_done(folder, stage, "checkpoints/last.ckpt", steps=trainer.global_step, images=module.images_seen,
+                            seconds=round(monotonic() - began))  # fmt: skip
+        tell(f"{stage.label}: done in {progress.duration(monotonic() - began)}; {timer.shares()}")
+        trainer.strategy.barrier()
+        return saver.last, None
+    finally:
+        for board in boards:
+            board.finish()
+
+
+def make_trainer(stage, strategy: str | None = None, **options):
+    """Lightning's Trainer for a stage. UserError for arguments that it refuses."""
+    from pytorch_lightning import Trainer
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from ldm.app import terminal
+    from ldm.common.config import Validation, section
+    from ldm.common.files import UserError
+
+    terminal.hush("pytorch_lightning", "lightning_fabric")
+    validation = section(stage.config, Validation)
+    said = {"max_epochs": -1, **({"strategy": strategy} if strategy else {}), **stage.trainer}
+    try:
+        return Trainer(**said, **options, logger=False, use_distributed_sampler=False, enable_model_summary=False,
+                       enable_progress_bar=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,
+                       val_check_interval=validation.every * stage.accumulate, limit_val_batches=validation.batches,
+                       enable_checkpointing=bool(options))  # fmt: skip
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

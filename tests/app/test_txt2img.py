@@ -1,0 +1,256 @@
+"""The command line: pictures from a checkpoint and nothing else, and mistakes in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.__main__ import COMMANDS, main
+from ldm.app import png
+from ldm.bundle import Bundle, versions
+from ldm.load import load
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ckpt(bundle, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
+    bundle.save(path)
+    return str(path)
+
+
+def draw(ckpt, outdir, *more):
+    """-> the pictures' pixels (N,3,H,W) uint8."""
+    assert main(["txt2img", "--ckpt", ckpt, "--outdir", str(outdir), "--device", "cpu", *more]) == 0
+    return pixels(outdir)
+
+
+def pixels(folder):
+    files = sorted(file for file in Path(folder).glob("*.png") if file.stem.isdigit())
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).permute(0, 3, 1, 2).contiguous()
+
+
+def fails(capsys, *arguments):
+    """-> the one line that says what is wrong."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    return captured.err
+
+
+# Pictures.
+
+
+def test_from_an_empty_directory(ckpt, bundle, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "ldm", "txt2img", "--ckpt", ckpt, "--prompt", "a red star", "--outdir", "out"]
+    done = subprocess.run([*command, "--steps", "2"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 picture in out\n" and "tiny.ckpt: loaded" in done.stderr
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["00000.png"]
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stdout == "" and again.stderr.count("\n") == 1
+    assert again.stderr.startswith("error: out/00000.png: is there already; ") and "--overwrite" in again.stderr
+
+
+def test_numbers_seeds_and_metadata(ckpt, bundle, tmp_path, capsys):
+    more = ["--negative-prompt", "green", "--sampler", "ddpm", "--steps", "3", "--scale", "1.5", "--seed", "5"]
+    found = draw(ckpt, tmp_path, "--prompt", "a red star", "a blue square", "--n-samples", "2", *more)
+    assert capsys.readouterr().out == f"4 pictures in {tmp_path}\nall on {tmp_path / 'sheet.png'}\n"
+    prompts = ["a red star"] * 2 + ["a blue square"] * 2
+    settings = {"guidance": 1.5, "negative_prompt": "green", "sampler": "ddpm", "steps": 3}
+    made = bundle.generate(prompts, seed=5, batch_size=1, **settings)
+    assert torch.equal(found, ((made + 1) * 127.5).round().to(torch.uint8))
+    for i, prompt in enumerate(prompts):
+        about = png.read(tmp_path / f"{i:05d}.png")
+        assert about == {
+            "prompt": prompt, "seed": 5 + i, "negative_prompt": "green", "sampler": "ddpm", "steps": 3, "scale": 1.5,
+            "times": "linear", "size": [32, 32], "batch_size": 1, "precision": "fp32", "model": bundle.content_hash(),
+            "versions": versions(),
+        }  # fmt: skip
+    assert png.read(tmp_path / "sheet.png")["prompts"] == prompts
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
+def test_a_picture_draws_itself_again(ckpt, tmp_path, sampler, caplog):
+    more = ["--sampler", sampler, "--height", "40", "--width", "24", "--negative-prompt", "blue", "--scale", "4"]
+    first = draw(ckpt, tmp_path / "a", "--prompt", "red", "a large blue star on a white background", *more)
+    again = draw(ckpt, tmp_path / "b", "--from-image", str(tmp_path / "a" / "00001.png"))
+    assert torch.equal(first[1], again[0]) and not torch.equal(first[0], again[0])
+    assert png.read(tmp_path / "a" / "00001.png") == png.read(tmp_path / "b" / "00000.png")
+    assert "may differ" not in caplog.text
+    other = draw(ckpt, tmp_path / "c", "--from-image", str(tmp_path / "a" / "00001.png"), "--seed", "9")
+    assert not torch.equal(again, other) and png.read(tmp_path / "c" / "00000.png")["scale"] == 4
+
+
+def test_another_model_draws_another_picture_and_says_so(ckpt, bundle, tmp_path, caplog):
+    draw(ckpt, tmp_path / "a", "--prompt", "red")
+    other = load(ckpt)
+    with torch.no_grad():
+        other.denoiser.network.conv_out.bias += 0.1
+    other.save(tmp_path / "other.safetensors")
+    draw(str(tmp_path / "other.safetensors"), tmp_path / "b", "--from-image", str(tmp_path / "a" / "00000.png"))
+    assert f"made with model {bundle.content_hash()}, now it is {other.content_hash()}: the picture" in caplog.text
+
+
+def test_prompts_from_a_file_in_batches(ckpt, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red star\r\n\r\n  \r\nein grüner Kreis\nblue".encode())
+    found = draw(ckpt, tmp_path / "a", "--prompts-file", str(tmp_path / "prompts.txt"), "--batch-size", "2")
+    read = [png.read(tmp_path / "a" / f"{i:05d}.png")["prompt"] for i in range(3)]
+    assert read == ["a red star", "ein grüner Kreis", "blue"]
+    alone = draw(ckpt, tmp_path / "b", "--prompt", "blue", "--seed", "2")
+    assert (found[2].int() - alone[0].int()).abs().max() <= 1
+
+
+def test_without_metadata(ckpt, tmp_path, capsys):
+    draw(ckpt, tmp_path, "--prompt", "red", "blue", "--no-metadata")
+    capsys.readouterr()
+    assert "without metadata" in fails(capsys, "info", str(tmp_path / "00000.png"))
+    assert "without metadata" in fails(capsys, "info", str(tmp_path / "sheet.png"))
+
+
+def test_words_that_do_not_fit_are_told(ckpt, tmp_path, caplog):
+    draw(ckpt, tmp_path, "--prompt", "a " * 21 + "red circle of the star")
+    assert "not read: 'circle of the star'" in caplog.text
+
+
+def test_half_precision(ckpt, tmp_path):
+    draw(ckpt, tmp_path, "--prompt", "red", "--precision", "bf16", "--steps", "2")
+    assert png.read(tmp_path / "00000.png")["precision"] == "bf16"
+    again = draw(ckpt, tmp_path / "again", "--from-image", str(tmp_path / "00000.png"))
+    assert torch.equal(again, pixels(tmp_path))
+
+
+# Other commands.
+
+
+def test_info_of_a_checkpoint(ckpt, bundle, capsys):
+    assert main(["info", ckpt]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["model"] == bundle.content_hash() and about["kind"] == "diffusion"
+    assert about["numbers"] == {
+        part: sum(value.numel() for value in getattr(bundle, part).state_dict().values())
+        for part in ("autoencoder", "conditioner", "denoiser")
+    }
+    assert about["sampling"]["steps"] == 4 and about["config"] == bundle.config and "torch" in about["versions"]
+
+
+def test_evaluate_adherence(ckpt, tmp_path, capsys):
+    out = tmp_path / "a.json"
+    arguments = ["--n", "4", "--n-held-out", "2", "--steps", "1", "--batch-size", "3", "--out", str(out)]
+    assert "(3,64,64)" in fails(capsys, "evaluate", "adherence", "--ckpt", ckpt, *arguments)
+    big = load(ckpt)
+    big.sampling["size"] = [64, 64]
+    big.save(tmp_path / "big.ckpt")
+    assert main(["evaluate", "adherence", "--ckpt", str(tmp_path / "big.ckpt"), *arguments]) == 0
+    assert "held-out pair" in capsys.readouterr().out
+    table = json.loads(out.read_text())
+    assert table["adherence"]["two objects"]["captions"] == 2 and table["steps"] == 1
+
+
+def test_reconstruct(ckpt, bundle, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("b", "a"):
+        Image.linear_gradient("L").convert("RGB").save(tmp_path / "in" / f"{name}.png")
+    command = ["reconstruct", "--ckpt", ckpt, "--images", str(tmp_path / "in"), "--outdir", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert "a.png: " in capsys.readouterr().out
+    pairs = pixels(tmp_path / "out")
+    assert pairs.shape == (2, 3, 32, 64)
+    x = pairs[:1, :, :, :32] / 127.5 - 1
+    with torch.no_grad():
+        y = bundle.autoencoder.decode(bundle.autoencoder.encode(x)).clamp(-1, 1)
+    assert torch.equal(pairs[:1, :, :, 32:], ((y + 1) * 127.5).round().to(torch.uint8))
+    assert "already" in fails(capsys, *command)
+
+
+def test_data_check(model_config, tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a red circle.png")
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert "1 images" in capsys.readouterr().out
+    train = {"target": "ldm.data.shapes.Shapes", "params": {"count": 40}}
+    config = tmp_path / "shapes.yaml"
+    config.write_text(json.dumps({"model": model_config["model"], "data": {"train": train}}))
+    assert main(["data", "check", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert "drawn shapes: 40 images" in said and "24 tokens" in said
+    train["params"] = {"cuont": 4}
+    config.write_text(json.dumps({"data": {"train": train}}))
+    assert "nearest: 'count'" in fails(capsys, "data", "check", str(config))
+    assert "expected a .yaml" in fails(capsys, "data", "check", str(tmp_path / "shape.yml.txt"))
+
+
+# Mistakes.
+
+
+TXT2IMG = ["txt2img", "--ckpt", "x", "--outdir", "y"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["txt2image"], "no command 'txt2image'; nearest: txt2img; there are txt2img, "),
+        (["txt2img", "--prompt", "a", "--promts-file", "x"], "no argument --promts-file; nearest: --prompts-file"),
+        (TXT2IMG, "one of the arguments --prompt --prompts-file"),
+        ([*TXT2IMG, "--prompt", "a", "--steps", "0"], "--steps: '0': expected a whole"),
+        ([*TXT2IMG, "--prompt", "a", "--sampler", "dim"], "nearest: 'ddim'; there are ddpm"),
+        ([*TXT2IMG, "--prompt", "a", "--height", "64"], "--height and --width"),
+        (["txt2img", "--ckpt", "/no/such", "--outdir", "y", "--prompt", "a"], "/no/such: no such file or folder"),
+        ([*TXT2IMG, "--prompts-file", "/no/such"], "/no/such: no such file"),
+        (["data", "emoji", "--out", "x", "--font", "/no/such.ttf"], "--font /no/such.ttf: no such file"),
+        (["info", "/no/such"], "/no/such: no such file or folder"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments, said, capsys):
+    assert said in fails(capsys, *arguments)
+
+
+def test_mistakes_that_need_the_model(ckpt, tmp_path, capsys):
+    base = ["txt2img", "--ckpt", ckpt, "--prompt", "a", "--outdir", str(tmp_path / "out")]
+    assert "nearest: 96 x 72" in fails(capsys, *base, "--height", "100", "--width", "72")[-200:]
+    assert "no such device" in fails(capsys, *base, "--device", "cuba")
+    if not torch.cuda.is_available():
+        assert "not on this machine; there are cpu" in fails(capsys, *base, "--device", "cuda")
+    (tmp_path / "latin.txt").write_bytes("ein grüner Kreis".encode("latin-1"))
+    assert "not UTF-8 (at byte 6)" in fails(capsys, *base[:3], *base[5:], "--prompts-file", str(tmp_path / "latin.txt"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    assert "no prompt" in fails(capsys, *base[:3], *base[5:], "--prompts-file", str(tmp_path / "empty.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_autoencoder_alone_is_refused(bundle, model_config, tmp_path, capsys):
+    block = model_config["autoencoder"]
+    config = {"name": "ae", "model": {"target": "autoencoder.lit.AutoencoderModule", "params": {"autoencoder": block}}}
+    Bundle(bundle.autoencoder, config=config).save(tmp_path / "ae.ckpt")
+    for command in (["txt2img", "--prompt", "a", "--outdir", str(tmp_path / "out")], ["evaluate", "adherence"]):
+        assert "ae.ckpt: holds an autoencoder alone" in fails(capsys, *command, "--ckpt", str(tmp_path / "ae.ckpt"))
+    Image.new("RGB", (21, 30)).save(tmp_path / "a.png")
+    command = ["reconstruct", "--ckpt", str(tmp_path / "ae.ckpt"), "--images", str(tmp_path / "a.png")]
+    assert main([*command, "--outdir", str(tmp_path / "out")]) == 0
+    assert pixels(tmp_path / "out").shape == (1, 3, 20, 40)
+    capsys.readouterr()
+    assert "take 28 or 32" in fails(capsys, *command, "--size", "30", "--outdir", str(tmp_path / "other"))
+
+
+def test_a_wrong_text_encoder_writes_nothing(ckpt, bundle, tmp_path, capsys):
+    other = load(ckpt)
+    other.about = {"encoder_hash": "0123456789abcdef"}
+    other.save(tmp_path / "other.ckpt")
+    base = ["txt2img", "--ckpt", str(tmp_path / "other.ckpt"), "--outdir", str(tmp_path / "out")]
+    assert "0123456789abcdef" in fails(capsys, *base, "--prompt", "a")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_needs_no_torch(command):
+    code = f"import sys; from ldm.__main__ import main\ntry: main(['{command}', '--help'])\n" \
+           "except SystemExit as e: assert e.code == 0\nassert not {'torch', 'pytorch_lightning'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"python -m ldm {command}" in done.stdout, done.stderr

@@ -1,0 +1,91 @@
+import errno
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import Tiny, fit
+
+from ldm.callbacks import checkpoints
+from ldm.callbacks.checkpoints import Checkpoints, nbytes, plain
+from ldm.callbacks.clock import Clock
+from ldm.callbacks.seeding import Seeding
+from ldm.common.files import UserError
+
+
+def saver(folder, every=2, keep=2):
+    return Checkpoints(folder, every, keep, lambda module: {"kind": "tiny"}, Clock())
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def test_files_are_read_without_unpickling_and_the_newest_stay(tmp_path):
+    save = saver(tmp_path / "new")
+    _, module = fit([save], steps=7, plugins=[save.io])
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["last.ckpt", "step-000004.ckpt", "step-000006.ckpt"]
+    last = torch.load(save.last, weights_only=True)
+    assert last["ldm"] == {"kind": "tiny"} and last["global_step"] == 6 and last["images_seen"] == 24
+    assert save.last.samefile(tmp_path / "new" / "step-000006.ckpt")
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    straight, half = saver(tmp_path / "a", every=100), saver(tmp_path / "b", every=4)
+    trainer, one = fit([Seeding(5), straight], steps=9, plugins=[straight.io])
+    straight.save(trainer)
+    fit([Seeding(5), half], steps=4, plugins=[half.io])
+    trainer, two = fit([Seeding(5), half], steps=9, resume=half.last, plugins=[half.io])
+    half.save(trainer)
+    assert one.positions[16:] == two.positions == list(range(16, 36))
+    a, b = (torch.load(save.last, weights_only=True) for save in (straight, half))
+    for part in ("state_dict", "optimizer_states", "images_seen", "global_step"):
+        assert same(a[part], b[part]), part
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_the_training_alone(tmp_path, monkeypatch, caplog):
+    save, real = saver(tmp_path), torch.save
+    written = []
+
+    def full(value, path):
+        written.append(path)
+        if len(written) > 1:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(value, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    trainer, _ = fit([save], steps=6, plugins=[save.io])
+    assert trainer.global_step == 6 and len(written) == 3
+    assert torch.load(save.last, weights_only=True)["global_step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-000002.ckpt"]
+    assert "not saved, training goes on" in caplog.text
+    with pytest.raises(UserError, match="the finished model cannot be saved"):
+        save.save_final(trainer)
+
+
+def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoints, "free_bytes", lambda path: 10)
+    save = saver(tmp_path / "new")
+    fit([save], steps=2, plugins=[save.io])
+    assert not (tmp_path / "new").exists() and "are needed and 0.0 MiB free" in caplog.text
+
+
+def test_plain_data_only():
+    made = plain({"a": OrderedDict(b=(1, [np.float64(2.5)])), "p": Path("x/y"), "w": torch.nn.Parameter(torch.ones(2))})
+    assert made["a"] == {"b": (1, [2.5])} and type(made["a"]["b"][1][0]) is float and made["p"] == "x/y"
+    assert type(made["w"]) is torch.Tensor
+    with pytest.raises(TypeError, match=r"checkpoint\.a\[1\]: a Tiny cannot"):
+        plain({"a": [1, Tiny()]})
+
+
+def test_shared_memory_counts_once():
+    x = torch.zeros(10)
+    assert nbytes({"a": x, "b": [x[:5], (torch.zeros(3, dtype=torch.int64),)]}) == 40 + 24

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny_training import fit
+
+from ldm.callbacks.clock import Clock
+from ldm.callbacks.images import Panel, Pictures, reconstructions, samples
+from ldm.callbacks.sheet import CELL, MARGIN, save_png, sheet
+
+
+def test_pictures_stand_in_rows_above_their_captions():
+    red = torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1).expand(3, 64, 64)
+    page = sheet(torch.stack([red, -red, red]), ["one", "two " * 40, "three"], columns=2)
+    side = 64 * 3  # enlarged by a whole number
+    assert side >= CELL and page.width == 2 * side + 3 * MARGIN
+    assert page.getpixel((MARGIN + 5, MARGIN + 5)) == (255, 0, 0)
+    assert page.getpixel((2 * MARGIN + side + 5, MARGIN + 5)) == (0, 255, 255)
+    below = page.crop((MARGIN, MARGIN + side + 2, MARGIN + side, MARGIN + side + 14))
+    assert min(below.convert("L").get_flattened_data()) < 100  # there is writing
+
+
+def test_grey_pictures_and_other_shapes():
+    assert sheet(torch.zeros(2, 1, 8, 16), ["a", "b"]).height > 16
+
+
+def test_what_a_sheet_shows_is_in_the_file(tmp_path):
+    save_png(sheet(torch.zeros(1, 3, 8, 8), ["größe"]), tmp_path / "a.png", {"prompts": ["größe"], "seed": 3})
+    assert json.loads(Image.open(tmp_path / "a.png").text["ldm"]) == {"prompts": ["größe"], "seed": 3}
+
+
+class Viewer:
+    def __init__(self):
+        self.seen = []
+
+    def picture(self, name, image, caption, step):
+        self.seen.append((name, caption, step))
+
+
+def test_sheets_on_the_way(tmp_path):
+    clock, viewer = Clock(), Viewer()
+    draw = Pictures(lambda module: Panel(torch.zeros(2, 3, 8, 8), ["a", "b"]), tmp_path / "samples", 2, clock, [viewer])
+    fit([clock, draw], steps=3, accumulate_grad_batches=2)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000002.png"]
+    assert viewer.seen == [("samples", "a | b", 2)] and clock.pauses["pictures"] > 0
+
+
+def test_none_where_the_interval_is_zero(tmp_path):
+    fit([Pictures(lambda module: 1 / 0, tmp_path / "samples", 0, Clock())], steps=2)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_reconstructions_stand_under_their_originals():
+    class Module:
+        device = "cpu"
+
+        def reconstruct(self, x):
+            return x + 0.2
+
+    x = torch.zeros(3, 3, 8, 8)
+    panel = reconstructions(x)(Module())
+    assert torch.equal(panel.pictures[:3], x) and panel.columns == 3
+    assert panel.captions[:3] == ["original"] * 3 and panel.captions[3] == "20.0 dB"  # 10 log10(4 / 0.04)
+
+
+def test_samples_are_those_of_the_averaged_model():
+    calls = []
+
+    class Model:
+        def generate(self, batch, **options):
+            calls.append((batch, options))
+            return torch.zeros(2, 3, 8, 8)
+
+    class Module:
+        def bundle(self, ema):
+            calls.append(ema)
+            return Model()
+
+    batch = {"caption": ["a", "b"]}
+    panel = samples(batch, seed=7)(Module())
+    assert calls == [True, (batch, {"seed": 7})] and panel.captions == ["a", "b"] and panel.about["seed"] == 7
+
+
+def test_a_full_disk_ends_nothing(tmp_path, caplog):
+    (tmp_path / "samples").write_text("a file where the folder should be")
+    draw = Pictures(lambda module: Panel(torch.zeros(1, 3, 8, 8), ["a"]), tmp_path / "samples", 1, Clock())
+    fit([draw], steps=1)
+    assert "training goes on" in caplog.text
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_columns_by_themselves(n):
+    page = sheet(torch.zeros(n, 3, 8, 8), [""] * n)
+    assert page.width > 0
