@@ -31,8 +31,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.overrides += [word for word in args.base if "=" in word]  # `-b CFG key=value` reads as two configs
     args.base = [word for word in args.base if "=" not in word]
-    if not args.base and args.resume and (Path(args.resume) / "config.yaml").is_file():
-        args.base = [str(Path(args.resume) / "config.yaml")]
+    if not args.base and args.resume:  # a run folder, or a checkpoint in one, knows its config
+        places = (Path(args.resume), Path(args.resume).absolute().parent.parent)
+        args.base = [str(place / "config.yaml") for place in places if (place / "config.yaml").is_file()][:1]
     if not args.base:
         parser.error("which config? add --base configs/ldm_txt2img.yaml")
     if not (args.train or args.check):
@@ -49,6 +50,9 @@ def boolean(text: str) -> bool:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
+    from ldm.common.allocator import keep_memory
+
+    keep_memory()
     from ldm.app import launch, stages, terminal  # torch is imported from here on
     from ldm.common.files import UserError
 
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             return check(planned, args)
         probe = [make_trainer(stage) for stage in planned][-1]
-        if probe.world_size > 1 and not launch.started():
+        if launch.needed(probe):
             if probe.num_nodes > 1:
                 raise UserError(f"trainer.num_nodes: {probe.num_nodes} machines are started together, by torchrun or srun")
             return launch.start(probe.num_devices, [sys.executable, __file__, *argv])
@@ -70,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         if launch.rank() == 0 or not isinstance(error, launch.OnAllRanks):
             terminal.report(str(error))
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # outside of the training steps, where callbacks.stop looks after it
+        terminal.say("interrupted; --resume auto goes on from the last checkpoint, where there is one")
         return 130
 
 
@@ -78,7 +83,8 @@ def check(planned: list, args: argparse.Namespace) -> int:
     """Prints the plan; gives back 2 where something is in its way."""
     from ldm.app import plan, stages, survey, terminal
 
-    problems = [mistake for stage in planned for mistake in stage.open()]
+    made: dict = {}
+    problems = [mistake for stage in planned for mistake in stage.open(made)]
     world = survey.world(planned[-1].trainer)
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, world)
@@ -94,7 +100,8 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
     from ldm.app import launch, plan, runs, stages, survey, terminal
 
     tell = terminal.say if group.is_global_zero else terminal.silent
-    mistakes = [mistake for stage in planned for mistake in stage.open()]
+    made: dict = {}
+    mistakes = [mistake for stage in planned for mistake in stage.open(made)]
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, group.world_size)
     surveys, more = survey.surveys(planned, group.world_size) if not mistakes else ([], [])
@@ -147,7 +154,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
         pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
         strategy = getattr(module, "strategy", None) if group.world_size > 1 else None
         trainer = make_trainer(stage, strategy, plugins=[saver.io], callbacks=[
-            timer, seeding.Seeding(stage.seed), metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
+            timer, *upkeep(stage), seeding.Seeding(stage.seed), metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
             progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
         ])  # fmt: skip
         tell(f"{stage.label}: training; pictures in {pictures.folder}, numbers in {folder / 'metrics.jsonl'}")
@@ -171,6 +178,14 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     finally:
         for board in boards:
             board.finish()
+
+
+def upkeep(stage) -> list:
+    """Callbacks that belong to the training module of a stage; an autoencoder's does the same by itself."""
+    from ldm.callbacks.ema import EmaUpdate
+    from ldm.callbacks.finite import FiniteGradients
+
+    return [FiniteGradients(), EmaUpdate()] if stage.kind == "diffusion" else []
 
 
 def make_trainer(stage, strategy: str | None = None, **options):

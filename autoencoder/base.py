@@ -82,8 +82,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def set_statistics(self, shift: Tensor, scale: Tensor, count: int) -> None:
         """Store mean and standard deviation (C,) of the raw latents, measured over ``count`` pictures."""
-        if (scale < 1e-6).any():
-            dead = (scale < 1e-6).nonzero().flatten().tolist()
+        if not (scale >= 1e-6).all():  # nan too
+            dead = (~(scale >= 1e-6)).nonzero().flatten().tolist()
             raise ValueError(f"latent channels {dead} have no variance: the autoencoder collapsed; lower its kl weight")
         self.shift.copy_(shift)
         self.scale.copy_(scale)

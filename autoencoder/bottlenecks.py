@@ -123,8 +123,10 @@ class VQ(nn.Module):
         return Bottled(z + (e - z).detach(), {"codebook": loss}, codes)
 
     def quantise(self, z: Tensor) -> Tensor:  # (B,C,h,w) -> the nearest entries
-        codes = self.nearest(rearrange(z.float(), "b c h w -> (b h w) c"))
-        return self.lookup(codes.view(len(z), *z.shape[2:]))
+        return self.lookup(self.indices(z))
+
+    def indices(self, z: Tensor) -> Tensor:  # (B,C,h,w) -> (B,h,w)
+        return self.nearest(rearrange(z.float(), "b c h w -> (b h w) c")).view(len(z), *z.shape[2:])
 
     def lookup(self, codes: Tensor) -> Tensor:  # (B,h,w) -> (B,C,h,w)
         return rearrange(self.codebook[codes], "b h w c -> b c h w")

@@ -45,7 +45,7 @@ class BottleneckAutoencoder(Autoencoder):
         """(B,3,H,W) -> (B,h,w) code indices. Kinds with a codebook only."""
         self._needs_codebook()
         self.check(x)
-        return self.bottleneck(self.features(x)).codes
+        return self.bottleneck.indices(self.features(x))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """(B,h,w) code indices -> (B,3,H,W)."""

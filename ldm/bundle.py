@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from ldm.common.build import TRUSTED, Block, build, is_block, plain
+from ldm.common.build import TRUSTED, build, is_block, plain
 from ldm.common.files import UserError, atomic_write, digest, nearest
 from ldm.common.random import generator
 from ldm.common.weights import compare, content, evaluating, without_weights
 from ldm.cond import Cond
-from ldm.denoiser import Denoise, Denoiser, Prediction, bind
+from ldm.denoiser import Denoiser, bind, build_denoiser
 from ldm.guidance import cfg_batched
-from ldm.process import Process, RectifiedFlow
+from ldm.parameterization import Denoise, Prediction
+from ldm.process import RectifiedFlow
 from ldm.samplers import SAMPLERS, Callback
 from ldm.times import TIMES
 
@@ -82,6 +83,8 @@ class Bundle(nn.Module):
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
+        if self.denoiser is not None:
+            self.denoiser.to(memory_format=torch.channels_last)
         return self
 
     @property
@@ -227,15 +230,6 @@ class Bundle(nn.Module):
             log.warning("guidance %g: this model was trained without caption dropout and knows no empty prompt to "
                         "compare with; guidance 1 is what it was trained for", guidance)
             self._warned = True
-
-
-def build_denoiser(network: Block, process: Process, parameterization: str, autoencoder: Autoencoder,
-                   conditioner: nn.Module | None, allowed: Iterable[str] | None = None) -> Denoiser:
-    """The Denoiser of a diffusion model: the one place where a network's sizes are derived."""
-    network = build(network, allowed=allowed, in_channels=autoencoder.channels, out_channels=autoencoder.channels,
-                    context_dim=getattr(conditioner, "width", None), vector_dim=None)
-    with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
-        return Denoiser(network, process, parameterization)
 
 
 def check_size(height: int, width: int, factor: int, multiple: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
+from autoencoder.base import Autoencoder
+from ldm.common.build import Block, build
 from ldm.cond import Cond
 from ldm.parameterization import PARAMETERIZATIONS, Denoise, Prediction, solve
 from ldm.process import Process
@@ -55,3 +59,15 @@ def impossible(process: Process, parameterization: str) -> list[str]:
 def bind(denoiser: Denoiser, cond: Cond) -> Denoise:
     """The denoise function of a denoiser under a condition."""
     return lambda x, t: denoiser(x, t, cond)
+
+
+def build_denoiser(network: Block, process: Process, parameterization: str, autoencoder: Autoencoder,
+                   conditioner: nn.Module | None, allowed: Iterable[str] | None = None) -> Denoiser:
+    """The Denoiser of a diffusion model: the one place where a network's sizes are derived.
+
+    Convolutions are laid out channels-last: token sequences are then views of feature maps, and faster kernels are used.
+    """
+    network = build(network, allowed=allowed, in_channels=autoencoder.channels, out_channels=autoencoder.channels,
+                    context_dim=getattr(conditioner, "width", None), vector_dim=None)
+    with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
+        return Denoiser(network.to(memory_format=torch.channels_last), process, parameterization)

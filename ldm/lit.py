@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from ldm.bundle import Bundle, build_denoiser
-from ldm.callbacks.ema import EmaUpdate
-from ldm.callbacks.finite import FiniteGradients
 from ldm.common.build import Block
 from ldm.common.ema import Ema
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
-from ldm.denoiser import impossible
+from ldm.denoiser import build_denoiser, impossible
 from ldm.loss import WEIGHTS, LogitNormal, MinSNR, Uniform, diffusion_loss
 from ldm.process import Process, RectifiedFlow
 
@@ -26,6 +23,8 @@ QUARTILES = 4
 
 class DiffusionModule(pl.LightningModule):
     """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
+
+    With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``), which main.py adds.
 
     A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
     "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
@@ -38,6 +37,7 @@ class DiffusionModule(pl.LightningModule):
         process, parameterization: see ``ldm.process``, ``ldm.parameterization``.
         density: draws t from uniform numbers; weight: a name of ``ldm.loss.WEIGHTS`` or an object.
         optimizer, schedule: blocks; no schedule: a constant learning rate.
+        latents: train on draws of q(z|x), or on its mode, which suits decoders that were trained on wide posteriors.
         ema_decay: of the averaged weights that sampling uses; None keeps none.
     """
 
@@ -47,7 +47,8 @@ class DiffusionModule(pl.LightningModule):
     def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
                  process: Process | None = None, parameterization: Literal["noise", "data", "v", "flow"] = "flow",
                  density: Uniform | LogitNormal | None = None, weight: Literal["uniform", "min_snr"] | MinSNR = "uniform",
-                 schedule: Block | None = None, ema_decay: float | None = 0.9999, seed: int = 23, sampling: dict | None = None):
+                 schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
+                 ema_decay: float | None = 0.9999, seed: int = 23, sampling: dict | None = None):
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner)
@@ -58,18 +59,18 @@ class DiffusionModule(pl.LightningModule):
         self.density = density or Uniform()
         self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
         self.optimizer, self.schedule = optimizer, schedule
+        self.latents = latents
         self.seed, self.sampling = seed, dict(sampling or {})
         self.images_seen = 0  # by all processes together
 
     @property
     def conditioner(self) -> nn.Module | None:
-        return self.model["conditioner"] if "conditioner" in self.model else None
+        return _conditioner(self.model)
 
-    def bundle(self, ema: bool = True) -> Bundle:
-        """The model as it samples now, with the averaged weights if there are any. Shares its tensors with training."""
+    def parts(self, ema: bool = True) -> dict[str, nn.Module | None]:
+        """Autoencoder, conditioner and denoiser as they sample now, with the averaged weights if there are any; shared."""
         model = self.ema.shadow if ema and self.ema is not None else self.model
-        conditioner = model["conditioner"] if "conditioner" in model else None
-        return Bundle(self.autoencoder, conditioner, model["denoiser"], sampling=self.sampling)
+        return {"autoencoder": self.autoencoder, "conditioner": _conditioner(model), "denoiser": model["denoiser"]}
 
     def training_step(self, batch: dict, index: int) -> Tensor:
         positions = batch["position"].tolist()
@@ -99,21 +100,21 @@ class DiffusionModule(pl.LightningModule):
 
     @torch.no_grad()
     def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
-        """A draw of q(z|x) (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
+        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
         with torch.autocast(self.device.type, enabled=False):
             if "latent" in batch:
                 mean, std = batch["latent"].float(), batch.get("latent_std")
             else:
                 mean, std = self.autoencoder.posterior(batch["image"].float())
-        if std is None:
+        if std is None or self.latents == "mode":
             return mean
         return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
 
     def condition(self, model: nn.ModuleDict, batch: dict, chance: Tensor | None = None) -> Cond:
         """The batch's condition; with ``chance`` (B,) uniform numbers, captions are dropped as the conditioner says."""
-        if "conditioner" not in model:
+        conditioner = _conditioner(model)
+        if conditioner is None:
             return Cond()
-        conditioner = model["conditioner"]
         cond = conditioner(batch)
         return cond if chance is None or not conditioner.dropout else conditioner.drop(cond, chance >= conditioner.dropout)
 
@@ -122,9 +123,6 @@ class DiffusionModule(pl.LightningModule):
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         return {"optimizer": optimizer,
                 "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [FiniteGradients()] + ([] if self.ema is None else [EmaUpdate()])
 
     def train(self, mode: bool = True) -> DiffusionModule:
         super().train(mode)
@@ -138,6 +136,10 @@ class DiffusionModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.images_seen = checkpoint["images_seen"]
+
+
+def _conditioner(model: nn.ModuleDict) -> nn.Module | None:
+    return model["conditioner"] if "conditioner" in model else None  # noqa: SIM401  (a ModuleDict has no get)
 
 
 def _check_params(params: dict, path: str) -> list[str]:

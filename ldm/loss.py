@@ -61,7 +61,8 @@ class MinSNR:
 
     def __call__(self, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
         weight = torch.minimum(alpha.square(), self.gamma * sigma.square())  # min(SNR, gamma) * sigma^2
-        return weight / (alpha * q - sigma * p).square()
+        determinant = (alpha * q - sigma * p).square()
+        return weight / determinant.clamp(min=torch.finfo(alpha.dtype).tiny)  # 0 / 0 where F = x0 and sigma = 0
 
 
 WEIGHTS: dict[str, Weight] = {"uniform": uniform, "min_snr": MinSNR()}

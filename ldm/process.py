@@ -20,7 +20,7 @@ class Process:
     t_data: float = 0.0
     t_min: float
     t_max: float
-    straight: bool = False  # True: the ODE is solved in flow coordinates (alpha may be 0), else in sigma/alpha
+    straight: bool = False  # True: the ODE is solved in flow coordinates (alpha may be next to 0), else in sigma/alpha
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:  # (B,) -> (B,), (B,)
         """alpha(t) and sigma(t) in t's floating type (fp32 for integers)."""
@@ -68,9 +68,11 @@ def sqrt_betas(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
 
 
 def cosine_betas(steps: int, start: float = 8e-3, end: float = 0.999) -> Tensor:
-    """Improved DDPM, 2102.09672, eq. 17: alpha_bar(t) = cos^2((t + s) / (1 + s) * pi / 2); s = start, betas <= end."""
+    """Improved DDPM, 2102.09672, eq. 17: alpha_bar = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) * pi / 2); s = start,
+    betas <= end."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
-    alpha_bar = torch.cos((t + start) / (1 + start) * math.pi / 2) ** 2
+    f = torch.cos((t + start) / (1 + start) * math.pi / 2) ** 2
+    alpha_bar = f / f[0]
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, end)
 
 
@@ -109,6 +111,7 @@ class DDPM(Process):
         alpha_bar = torch.cumprod(1 - betas, 0)
         self.alpha_bar = zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar  # (T,) fp64
         self.t_max = float(steps - 1)
+        self.straight = float(self.alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
         # index 0 is the data (t = -1), index k is t = k - 1
         self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * self.alpha_bar.log()])
 

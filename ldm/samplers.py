@@ -68,8 +68,8 @@ def heun(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, callba
          noise: Noise | None = None) -> Tensor:
     """Heun's second-order steps (EDM, 2206.00364, algorithm 1); the last step, to sigma = 0, is Euler's.
 
-    The ODE is straightened first: y = x / alpha over sigma / alpha, dy = eps; on processes that end in pure noise
-    (alpha = 0) y = x / (alpha + sigma) over sigma / (alpha + sigma), dy = eps - x0.
+    The ODE is straightened first: y = x / alpha over sigma / alpha, dy = eps; on processes that end in pure noise or
+    next to it (``straight``) y = x / (alpha + sigma) over sigma / (alpha + sigma), dy = eps - x0.
     """
     def chart(alpha: float, sigma: float) -> tuple[float, float]:
         unit = alpha + sigma if process.straight else alpha

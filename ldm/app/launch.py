@@ -1,6 +1,6 @@
 """Several processes for several devices: main.py starts itself once for each, and all walk through all stages together.
 
-Nothing of this happens where somebody else has done it already (torchrun, srun): then LOCAL_RANK or SLURM_LOCALID is set.
+Nothing of this happens where somebody else has done it already (torchrun, srun), which Lightning knows.
 """
 
 import os
@@ -16,16 +16,15 @@ import torch
 from ldm.common.files import UserError
 
 PATIENCE = 30.0  # seconds that the others get to leave by themselves when one process has failed
-STARTED_BY = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 class OnAllRanks(UserError):
     """A mistake that every process finds: one of them tells it."""
 
 
-def started() -> bool:
-    """Whether this process is one of a group."""
-    return any(name in os.environ for name in STARTED_BY)
+def needed(group: Any) -> bool:
+    """Whether there is more than one device, and nobody has started the processes for them. group: a Lightning Trainer."""
+    return group.world_size > 1 and not group.strategy.cluster_environment.creates_processes_externally
 
 
 def rank() -> int:
@@ -85,9 +84,9 @@ def start(count: int, command: Sequence[str]) -> int:
             place = {"RANK": str(i), "LOCAL_RANK": str(i)}
             processes.append(subprocess.Popen(command, env=shared | place, process_group=0))
         failed_at = None
-        while any(process.poll() is None for process in processes):
+        while None in (codes := [process.poll() for process in processes]):
             time.sleep(0.1)
-            if failed_at is None and any(process.returncode for process in processes):
+            if failed_at is None and any(codes):
                 failed_at = time.monotonic()
                 tell(signal.SIGTERM)
             elif failed_at is not None and time.monotonic() - failed_at > PATIENCE:

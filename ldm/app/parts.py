@@ -1,6 +1,7 @@
 """What a training is put together from: loaders, the first stage's autoencoder, caches, what checkpoints say of themselves."""
 
 from collections.abc import Callable
+from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
 from time import monotonic
@@ -80,11 +81,16 @@ def describer(stage: Stage, block: dict | None) -> Callable[[Any], dict]:
 
     def describe(module: Any) -> dict:
         alone = stage.kind == "autoencoder"
-        bundle = Bundle(getattr(module, "best", module.autoencoder)) if alone else module.bundle(ema=True)
+        bundle = Bundle(getattr(module, "best", module.autoencoder)) if alone else bundle_of(module)
         bundle.config, bundle.about = config, {"data": stage.train.fingerprint}
         return bundle.describe()
 
     return describe
+
+
+def bundle_of(module: Any) -> Bundle:
+    """What a diffusion module samples with now: its averaged weights. The tensors are shared, not copied."""
+    return Bundle(**module.parts(ema=True), sampling=module.sampling)
 
 
 def originals(stage: Stage) -> Tensor:  # (N,C,H,W)
@@ -106,7 +112,7 @@ def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device
     if stage.kind == "autoencoder":
         return stage.train, stage.validation, reconstructions(originals(stage))
     train, validation, batch = cached(stage, module, logdir, device, tell)
-    return train, validation, samples(batch)
+    return train, validation, samples(batch, bundle_of)
 
 
 def finish(stage: Stage, module: Any) -> str:
@@ -127,26 +133,28 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
     encodes = getattr(module.conditioner, "encode", None)
     if not (wanted.latents or (wanted.text and encodes)):
         return stage.train, stage.validation, batch
-    from autoencoder.cached import CachedDataset, write_latents, write_text
-
+    disk = import_module("autoencoder.cached")  # by name: ldm knows no concrete part of stage 1
     root, workers = wanted.dir or Path(logdir) / "cache", stage.config["loader"].get("workers", 0)
     module.to(device)
 
     def stored(dataset: Dataset) -> Dataset:
         latents = texts = None
         if wanted.latents:
-            latents = write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
+            latents = disk.write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
                                     progress=_pace(tell, f"{stage.label}: latents"))  # fmt: skip
         if wanted.text and encodes:
-            texts = write_text(dataset, encodes, module.conditioner.encoder_hash, root,
+            texts = disk.write_text(dataset, encodes, module.conditioner.encoder_hash, root,
                                progress=_pace(tell, f"{stage.label}: text states"))  # fmt: skip
-        return CachedDataset(dataset, latents, texts)
+        return disk.CachedDataset(dataset, latents, texts)
 
     tell(f"{stage.label}: what is computed once ({' and '.join(_names(wanted))}) is kept in {root}")
     train, validation = stored(stage.train), None if stage.validation is None else stored(stage.validation)
     if wanted.text and encodes:
         states, mask = encodes(batch["caption"])
         batch |= {"text_states": states, "text_mask": mask}
+        conditioners = [part for part in module.modules() if hasattr(part, "null_states")]  # the averaged one as well
+        for part in conditioners:
+            part.null_states()  # guidance compares with it
         module.conditioner.release()
     return train, validation, batch
 

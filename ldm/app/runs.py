@@ -194,6 +194,7 @@ def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, po
         if problems := compare(module.state_dict(), saved):
             raise UserError(f"--resume: {job.checkpoint} is not of the model in this config: {problems}")
     folder = job.run or new_folder(logdir, stage.name, postfix if stage.number == stage.count else None)
+    (folder / "DONE").unlink(missing_ok=True)  # until it is again
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True))
     with atomic_write(folder / "run.json") as temporary:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from ldm.common.build import build, plain
 from ldm.common.config import check_config, load
 from ldm.common.files import UserError, digest, file_sha256
+from ldm.load import find
 
 Kind = Literal["autoencoder", "diffusion"]
 FIRST = "stage1."  # key=value arguments that begin so are for the config that autoencoder.config names
@@ -90,19 +91,21 @@ class Stage:
         """(C, H, W) of the data."""
         return tuple(self.train[0]["image"].shape)
 
-    def open(self) -> list[str]:
-        """Makes the data sets; gives back what is wrong with them."""
+    def open(self, made: dict[str, Dataset] | None = None) -> list[str]:
+        """Makes the data sets; gives back what is wrong with them. made: by digests of their blocks, to share equal ones."""
+        made = {} if made is None else made
         mistakes = []
         for role in ("train", "validation"):
             block = self.config["data"].get(role)
             if block is None:
                 continue
             try:
-                dataset = build(block)
+                dataset = made.get(digest(block)) or build(block)
                 if len(dataset) == 0:
                     raise UserError("the data set is empty; point it at a folder with pictures")
                 if missing := [name for name in NEEDED if not hasattr(dataset, name)]:
                     raise UserError(f"{type(dataset).__name__} lacks {', '.join(missing)}, which ldm.data.shapes.Shapes shows")
+                made[digest(block)] = dataset
                 setattr(self, role, dataset)
                 if role == "train":
                     _ = self.picture
@@ -127,7 +130,7 @@ class Stage:
         source = self.config.get("autoencoder")
         if not source:
             return None
-        return file_sha256(source["ckpt"]) if "ckpt" in source else digest(source)
+        return file_sha256(find(Path(source["ckpt"]))) if "ckpt" in source else digest(source)
 
 
 def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None
@@ -172,6 +175,8 @@ def _check(config: dict) -> list[str]:
     trainer = trainer if isinstance(trainer, dict) else {}
     instead = INSTEAD | ({} if config.get("autoencoder") else MANUAL)
     mistakes += [f"trainer.{key}: not used here; instead: {instead[key]}" for key in trainer if key in instead]
+    if any(kind in str(trainer.get("strategy")) for kind in ("spawn", "fork", "notebook")):
+        mistakes.append(f"trainer.strategy: processes are started by this program, got {trainer['strategy']!r}; take ddp")
     if "/" in str(config.get("name", "")):
         mistakes.append(f"name: expected a name for a folder, got {config['name']!r} with a slash in it")
     if not trainer.get("max_time") and (not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1):

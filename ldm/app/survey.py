@@ -1,6 +1,6 @@
 """What a stage's model will be, before it is: parameters, memory, arithmetic.
 
-Models are built on the meta device, where tensors have shapes and no contents: the largest takes seconds and no memory.
+Models are built of tensors that have shapes and no contents: the largest takes seconds and no memory.
 Arithmetic is counted by torch's FlopCounterMode in one forward pass over one picture, and the memory of activations by
 looking at what that pass keeps for the backward pass.
 """
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.app.parts import autoencoder_block, make_module
@@ -45,7 +47,7 @@ class Survey:
     """Of one stage. flops: of the forward pass over one picture, parts that are trained and frozen parts apart."""
 
     stage: Stage
-    module: Any  # on the meta device
+    module: Any  # without contents
     parts: list[Part]
     world: int
     size: Size | None = None
@@ -128,7 +130,7 @@ def surveys(stages: Sequence[Stage], world: int) -> tuple[list[Survey], list[str
 
 
 def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None) -> Survey:
-    """Builds the stage's module on the meta device and walks through it.
+    """Builds the stage's module without contents and walks through it.
 
     autoencoder: block of what the latents come from (stage 2). size: None where it is not known; then nothing is counted.
     Raises ValueError for what the constructors or the sizes do not allow.
@@ -139,8 +141,11 @@ def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None
         found = Survey(stage, module, list(_parts(module)), world, size,
                        buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
                        recomputes=any(getattr(part, "checkpointing", False) for part in module.modules()))  # fmt: skip
-        if size is not None:
-            (_walk_autoencoder if stage.kind == "autoencoder" else _walk_diffusion)(module, torch.empty(1, *size), found)
+    if size is not None:
+        walk = _walk_autoencoder if stage.kind == "autoencoder" else _walk_diffusion
+        # tensors that say they are on the CPU (autocast asks) and have no contents either; attention by its formula
+        with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+            walk(module.to_empty(device="cpu"), torch.empty(1, *size), found)
     return found
 
 

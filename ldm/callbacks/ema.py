@@ -15,4 +15,5 @@ class EmaUpdate(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_) -> None:
         if trainer.global_step != self.step:
             self.step = trainer.global_step
-            module.ema.update(module.model)
+            if module.ema is not None:
+                module.ema.update(module.model)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -45,14 +45,15 @@ def reconstructions(originals: Tensor) -> Callable[[LightningModule], Panel]:
     return panel
 
 
-def samples(batch: dict, seed: int = 0) -> Callable[[LightningModule], Panel]:
+def samples(batch: dict, bundle_of: Callable[[LightningModule], Any], seed: int = 0) -> Callable[[LightningModule], Panel]:
     """-> a panel of what the averaged model draws for batch["caption"], from the same noise each time.
 
+    bundle_of: module -> what has ``generate``.
     batch: of what the conditioner takes, {"caption": [...]}, with "text_states" and "text_mask" where they are known.
     """
 
     def panel(module: LightningModule) -> Panel:
-        pictures = module.bundle(ema=True).generate(batch, seed=seed).float().cpu()
+        pictures = bundle_of(module).generate(batch, seed=seed).float().cpu()
         about = {"prompts": list(batch["caption"]), "seed": seed, "weights": "ema"}
         return Panel(pictures, batch["caption"], about=about)
 

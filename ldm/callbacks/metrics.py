@@ -54,6 +54,8 @@ class Metrics(Callback):
             seconds, waited = self.clock.training - self._training, self.clock.waiting - self._waiting
             speed = (module.images_seen - self._images) / max(seconds, 1e-9)
             logged = {name: value for name, value in trainer.callback_metrics.items() if not _validates(name)}
+            if not any(name.split("/")[-1] == "lr" for name in logged):
+                logged["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             self._write(step, module, {**logged, "images_per_s": speed, "data_wait": waited / max(seconds, 1e-9)})
             self._mark(module)
         self._step = step

@@ -44,7 +44,7 @@ class Stop(Callback):
             number = torch.tensor(self._asked or 0, device=trainer.strategy.root_device)
             self.signal = int(trainer.strategy.reduce(number, reduce_op="max")) or None
         if self.signal is not None:
-            trainer.should_stop = True
+            trainer.fit_loop.epoch_loop.max_steps = step  # should_stop would have it validate once more
 
     def on_train_end(self, trainer, module) -> None:
         self.restore()

@@ -77,7 +77,7 @@ class Logging:
 
     every: int = 50
     images_every: int = 1000
-    wandb: bool | dict = False
+    wandb: bool | dict = True
     check_params = staticmethod(at_least(every=1, images_every=0))
 
 

@@ -72,14 +72,13 @@ def test_samples_are_those_of_the_averaged_model():
             calls.append((batch, options))
             return torch.zeros(2, 3, 8, 8)
 
-    class Module:
-        def bundle(self, ema):
-            calls.append(ema)
-            return Model()
+    def averaged(module):
+        calls.append(module)
+        return Model()
 
     batch = {"caption": ["a", "b"]}
-    panel = samples(batch, seed=7)(Module())
-    assert calls == [True, (batch, {"seed": 7})] and panel.captions == ["a", "b"] and panel.about["seed"] == 7
+    panel = samples(batch, averaged, seed=7)("module")
+    assert calls == ["module", (batch, {"seed": 7})] and panel.captions == ["a", "b"] and panel.about["seed"] == 7
 
 
 def test_a_full_disk_ends_nothing(tmp_path, caplog):

@@ -1,0 +1,165 @@
+"""Against numbers computed with CompVis' latent-diffusion: tables, q(x_t | x0), posterior, DDIM lists, embeddings.
+
+Their "linear" is our scaled_linear, their "sqrt_linear" our linear.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.networks.layers import timestep_embedding
+from ldm.parameterization import PARAMETERIZATIONS, Prediction, solve
+from ldm.process import DDPM
+from ldm.samplers import ddim, ddpm
+from ldm.times import compvis, linear, quadratic
+
+REFERENCE = load_file(Path(__file__).parents[1] / "data" / "schedules.safetensors")
+NAMES = {"linear": "scaled_linear", "sqrt_linear": "linear", "sqrt": "sqrt", "cosine": "cosine"}
+TABLES = sorted(key.removeprefix("out.").removesuffix(".betas_f64") for key in REFERENCE if key.endswith("betas_f64"))
+USUAL = "linear_1000_0.00085_0.012"
+LISTS = {"uniform": compvis, "quad": quadratic}
+TIMES = REFERENCE["in.t"]  # 0, 1, 999 of the first table
+EVERY = pytest.mark.parametrize("table", TABLES)
+EVERY_LIST = pytest.mark.parametrize(("kind", "n"), [(kind, n) for kind in LISTS for n in (1, 4, 10, 20, 30, 50, 200, 250)])
+
+
+def out(key: str) -> torch.Tensor:
+    return REFERENCE[f"out.{key}"]
+
+
+def process_of(table: str) -> DDPM:
+    """linear_1000_0.00085_0.012: their schedule, steps, first and last beta (cosine keeps its own)."""
+    name, steps, start, end = table.rsplit("_", 3)
+    ends = {} if name == "cosine" else dict(start=float(start), end=float(end))
+    return DDPM(NAMES[name], int(steps), **ends)
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-6, atol: float = 1e-37) -> bool:
+    """Relative to each number, for many are next to 0; theirs are rounded to fp32."""
+    return torch.allclose(found.double(), expected.double(), rtol=rtol, atol=atol)
+
+
+def coefficients(process: DDPM, times: torch.Tensor, eta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> factor of eps and standard deviation of the noise in every step (N,): read off a walk that begins at 0 and sees
+    x0 = 0 always, one sample eps = 1 and the other noise = 1."""
+    eps, z = torch.tensor([[1.0], [0.0]], dtype=torch.float64), torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    seen = []
+
+    def denoise(x, t):
+        seen.append(x)
+        return Prediction(torch.zeros_like(x), eps)
+
+    last = ddim(denoise, torch.zeros_like(eps), times, process, eta=eta, noise=lambda step, shape: z)
+    return tuple(torch.stack([*seen[1:], last])[:, :, 0].unbind(1))
+
+
+def test_there_are_tables():
+    assert len(TABLES) == 7
+
+
+@EVERY
+def test_betas_in_double_precision(table):
+    expected = out(f"{table}.betas_f64")
+    assert ((process_of(table).betas - expected).abs() <= 1e-12 * expected).all()
+
+
+@EVERY
+def test_buffers(table):
+    process = process_of(table)
+    steps = torch.arange(len(process.alpha_bar), dtype=torch.float64)
+    alpha, sigma = process.exact(steps)
+    before, _ = process.exact(steps - 1)
+    ours = {
+        "betas": process.betas, "alphas_cumprod": process.alpha_bar, "alphas_cumprod_prev": before**2,
+        "sqrt_alphas_cumprod": alpha, "sqrt_one_minus_alphas_cumprod": sigma, "log_one_minus_alphas_cumprod": 2 * sigma.log(),
+        "sqrt_recip_alphas_cumprod": 1 / alpha, "sqrt_recipm1_alphas_cumprod": sigma / alpha,
+    }  # fmt: skip
+    for name, found in ours.items():
+        rounded = 1e-15 if name.startswith("log") else 1e-37  # 1 - alpha_bar is 1 up to rounding at the end of "sqrt"
+        assert near(found, out(f"{table}.{name}"), atol=rounded), name
+
+
+@EVERY
+def test_posterior(table):
+    """Mean and variance of q(x_{t-1} | x_t, x0), from our DDIM with eta = 1 on all T steps."""
+    process = process_of(table)
+    times = linear(process, len(process.alpha_bar))
+    factor, std = (c.flip(0) for c in coefficients(process, times, eta=1.0))
+    alpha, sigma = process.exact(times[:-1].flip(0))
+    before, _ = process.exact(times[1:].flip(0))
+    assert near(std**2, out(f"{table}.posterior_variance"), rtol=1e-5, atol=1e-17)
+    assert near((std**2).clamp(min=1e-20).log(), out(f"{table}.posterior_log_variance_clipped"), rtol=1e-5)
+    assert near(factor / sigma, out(f"{table}.posterior_mean_coef2"), rtol=1e-5, atol=1e-12)
+    assert near(before - alpha * factor / sigma, out(f"{table}.posterior_mean_coef1"), rtol=1e-5, atol=1e-12)
+
+
+def test_forward_process():
+    process, x0 = process_of(USUAL), REFERENCE["in.x0"]
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in process.coefficients(TIMES))
+    assert near(process.add_noise(x0, REFERENCE["in.noise"], TIMES), out("q_sample"), atol=1e-6)
+    assert near(alpha * x0, out("q_mean"))
+    assert near(sigma.flatten() ** 2, out("q_variance"), atol=1e-7)  # theirs is 1 - alpha_bar in fp32
+    assert near((sigma.flatten() ** 2).log(), out("q_log_variance"), atol=1e-6)
+
+
+def test_data_from_noise():
+    process, x_t, noise = process_of(USUAL), REFERENCE["in.x_t"], REFERENCE["in.noise"]
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in process.coefficients(TIMES))
+    found = solve(x_t, noise, alpha, sigma, *PARAMETERIZATIONS["noise"](alpha, sigma))
+    assert near(found.x0, out("predict_start_from_noise"), atol=1e-5)
+    assert near(found.eps, noise, atol=1e-6)
+
+
+def test_posterior_of_pictures():
+    process, x0, x_t = process_of(USUAL), REFERENCE["in.x0"], REFERENCE["in.x_t"]
+    for i, t in enumerate(TIMES.tolist()):
+        alpha, sigma = (c.item() for c in process.exact(torch.tensor(t).double()))
+        fixed = Prediction(x0[i : i + 1].double(), (x_t[i : i + 1].double() - alpha * x0[i : i + 1]) / sigma)
+        mean, moved = (ddpm(lambda x, t, fixed=fixed: fixed, x_t[i : i + 1].double(), torch.tensor([t, t - 1.0]), process,
+                            noise=lambda step, shape, z=z: torch.full(shape, z)) for z in (0.0, 1.0))  # fmt: skip
+        assert near(mean[0], out("q_posterior_mean")[i], atol=1e-6)
+        variance = (moved - mean).square().flatten()
+        assert near(variance, out("q_posterior_variance")[i].expand_as(variance), rtol=1e-5)
+        assert near(variance.clamp(min=1e-20).log(), out("q_posterior_log_variance_clipped")[i].expand_as(variance), rtol=1e-5)
+
+
+@EVERY_LIST
+def test_ddim_lists(kind, n):
+    """Theirs ascend. Where a time is there more than once, the steps between do nothing; ours has it once."""
+    expected, process = out(f"ddim.{kind}.{n}.timesteps"), process_of(USUAL)
+    once = torch.cat([torch.tensor([True]), expected.diff() > 0])
+    times = LISTS[kind](process, n)
+    assert torch.equal(times[:-1].flip(0), expected[once].double())
+    assert kind == "quad" or once.all()
+    squares = process.exact(times)[0] ** 2
+    assert near(squares[:-1].flip(0), out(f"ddim.{kind}.{n}.alphas")[once])
+    assert near(squares[1:].flip(0), out(f"ddim.{kind}.{n}.alphas_prev")[once])  # the last step ends at t = 0
+
+
+@EVERY_LIST
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_sigmas(kind, n, eta):
+    process, expected = process_of(USUAL), out(f"ddim.{kind}.{n}.eta{eta}.sigmas")
+    steps = out(f"ddim.{kind}.{n}.timesteps")
+    once = torch.cat([torch.tensor([True]), steps.diff() > 0])
+    _, std = coefficients(process, LISTS[kind](process, n), eta)
+    assert near(std.flip(0), expected[once], rtol=1e-4)  # theirs is 1 - a / a_prev in fp32
+    assert near(torch.zeros(()), expected[~once], atol=1e-3)
+
+
+def test_a_list_that_reaches_1000_is_refused():
+    assert out("ddim.uniform.999.timesteps")[-1] == 1000  # where the reference fails with an IndexError
+    with pytest.raises(ValueError, match="begin at t = 1000, the process ends at 999"):
+        compvis(process_of(USUAL), 999)
+
+
+@pytest.mark.parametrize("dim", [32, 33, 320])
+def test_timestep_embedding(dim):
+    times = torch.tensor([0.0, 1.0, 37.0, 498.7, 999.0])
+    # angles reach 999, where the step of fp32 is 6e-5: the last bit of exp, which processors differ in, is as large
+    assert torch.allclose(timestep_embedding(times, dim), out(f"timestep_embedding.{dim}"), atol=1e-4)
+    assert torch.allclose(timestep_embedding(times[:2], dim), out(f"timestep_embedding.{dim}")[:2], atol=1e-6)
+
+
