@@ -154,7 +154,8 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
         pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
         strategy = getattr(module, "strategy", None) if group.world_size > 1 else None
         trainer = make_trainer(stage, strategy, plugins=[saver.io], callbacks=[
-            timer, *upkeep(stage), seeding.Seeding(stage.seed), metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
+            timer, *upkeep(stage), seeding.Seeding(stage.seed),
+            metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
             progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
         ])  # fmt: skip
         tell(f"{stage.label}: training; pictures in {pictures.folder}, numbers in {folder / 'metrics.jsonl'}")

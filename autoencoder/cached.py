@@ -90,7 +90,8 @@ class Table:
             self.places = Table(self.folder, ()).places  # the other ranks' too
         unique = list(dict.fromkeys(self.keys))
         if lost := [key for key in unique if key not in self.places]:
-            raise UserError(f"{self.folder}: {len(lost)} of {len(unique)} rows are missing (first {lost[0]}); make the cache again")
+            raise UserError(f"{self.folder}: {len(lost)} of {len(unique)} rows are missing (first {lost[0]}); "
+                            "make the cache again")
         number = {key: n for n, key in enumerate(unique)}
         self.index = torch.tensor([number[key] for key in self.keys])
         files: dict[Path, dict[str, Tensor]] = {}

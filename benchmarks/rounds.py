@@ -32,7 +32,8 @@ def interleaved(candidates: Mapping[str, Callable[[], None]], rounds: int, warmu
 
 def show(table: Mapping[str, dict]) -> str:
     """The table as Markdown."""
-    rows = [f"| {name} | {row['ms']:.0f} | x{row['ratio']:.2f} [{row['low']:.2f}-{row['high']:.2f}] |" for name, row in table.items()]
+    rows = [f"| {name} | {row['ms']:.0f} | x{row['ratio']:.2f} [{row['low']:.2f}-{row['high']:.2f}] |"
+            for name, row in table.items()]
     return "\n".join(["| | ms | speed against the first row |", "|---|---|---|", *rows])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.common.files import atomic_write
 
 CELL = 160  # pixels, the least width of a cell: smaller pictures are enlarged by a whole number
-MARGIN, LINE, LETTER = 8, 13, 5.6  # pixels: between cells, height of a line of text, mean width of a letter
+MARGIN, LINE, LETTER = 8, 13, 6.3  # pixels: between cells, height of a line of text, mean width of a letter
 LINES = 4  # of a caption, at most
 
 
