@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             return launch.start(probe.num_devices, [sys.executable, __file__, *argv])
         probe.strategy.setup_environment()  # processes find one another before the first decision
         return run(planned, args, probe)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
         if launch.rank() == 0 or not isinstance(error, launch.OnAllRanks):
             terminal.report(str(error))
         return 2
@@ -152,8 +152,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     try:
         data, validation, panel = parts.prepared(stage, module, args.logdir, group.strategy.root_device, tell)
         pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
-        strategy = getattr(module, "strategy", None) if group.world_size > 1 else None
-        trainer = make_trainer(stage, strategy, plugins=[saver.io], callbacks=[
+        trainer = make_trainer(stage, plugins=[saver.io], callbacks=[
             timer, *upkeep(stage), seeding.Seeding(stage.seed),
             metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
             progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
@@ -189,7 +188,7 @@ def upkeep(stage) -> list:
     return [FiniteGradients(), EmaUpdate()] if stage.kind == "diffusion" else []
 
 
-def make_trainer(stage, strategy: str | None = None, **options):
+def make_trainer(stage, **options):
     """Lightning's Trainer for a stage. UserError for arguments that it refuses."""
     from pytorch_lightning import Trainer
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -200,7 +199,7 @@ def make_trainer(stage, strategy: str | None = None, **options):
 
     terminal.hush("pytorch_lightning", "lightning_fabric")
     validation = section(stage.config, Validation)
-    said = {"max_epochs": -1, **({"strategy": strategy} if strategy else {}), **stage.trainer}
+    said = {"max_epochs": -1, **stage.trainer}
     try:
         return Trainer(**said, **options, logger=False, use_distributed_sampler=False, enable_model_summary=False,
                        enable_progress_bar=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,

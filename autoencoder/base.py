@@ -2,6 +2,8 @@
 
 Whoever calls ``encode`` gets latents of zero mean and unit variance per channel; whoever calls ``decode`` gives such
 latents. The statistics that make it so (``shift``, ``scale``) belong to the autoencoder and travel in its state dict.
+They are those of draws from q(z|x): the mode, which ``encode`` gives without a generator, varies a little less, and hardly
+at all in a channel that collapsed.
 """
 
 from __future__ import annotations

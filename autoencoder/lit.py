@@ -219,7 +219,8 @@ class AutoencoderModule(pl.LightningModule):
         std = (variance + noise).sqrt()
         for model in {self.autoencoder, self.best}:
             model.set_statistics(mean.float(), std.float(), tally.count)
-        return {"count": tally.count, "mean": mean.tolist(), "std": std.tolist()}
+        collapsed = (variance < 0.1 * std.square()).nonzero().flatten().tolist()  # the draw says nothing of the picture
+        return {"count": tally.count, "mean": mean.tolist(), "std": std.tolist(), "collapsed": collapsed}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["progress"] = {"images": self.images_seen, "batches": self.batches_seen, "skipped": self.skipped}

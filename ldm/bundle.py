@@ -125,7 +125,7 @@ class Bundle(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: str | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
                  sampler: str | Callable | None = None, guidance: float | None = None, seed: int = 0,
-                 size: Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
+                 size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
                  times: str | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
                  batch_size: int | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
@@ -208,9 +208,11 @@ class Bundle(nn.Module):
 
     def _latent_shape(self, size: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, int, int]:
         factor = self.autoencoder.factor
+        if x_T is not None and (x_T.ndim != 4 or x_T.shape[1] != self.autoencoder.channels):
+            raise UserError(f"x_T: expected latents (B,{self.autoencoder.channels},h,w), got {tuple(x_T.shape)}")
         if x_T is not None:
             size = [side * factor for side in x_T.shape[2:]]
-        size = size or self.sampling.get("size")
+        size = (size, size) if isinstance(size, int) else size or self.sampling.get("size")
         if size is None:
             raise UserError("size: the checkpoint does not say at what size it was trained; give height and width")
         check_size(*size, factor, getattr(self.denoiser.network, "multiple", 1))

@@ -41,7 +41,7 @@ class LogitNormal:
         self.mean, self.std = mean, std
 
     def __call__(self, u: Tensor, process: Process) -> Tensor:
-        normal = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+        normal = torch.special.ndtri(u.float().clamp(1e-6, 1 - 1e-6))
         return _place(torch.sigmoid(self.mean + self.std * normal).to(u.dtype), process)
 
 

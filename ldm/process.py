@@ -24,9 +24,10 @@ class Process:
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:  # (B,) -> (B,), (B,)
         """alpha(t) and sigma(t) in t's floating type (fp32 for integers)."""
-        alpha, sigma = self.exact(t.double())
+        exact = (t.cpu() if t.device.type == "mps" else t).double()  # Apple's GPUs have no fp64
         dtype = t.dtype if t.is_floating_point() else torch.float32
-        return alpha.to(dtype), sigma.to(dtype)
+        alpha, sigma = self.exact(exact)
+        return alpha.to(t.device, dtype), sigma.to(t.device, dtype)
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha(t) and sigma(t) in fp64."""

@@ -38,11 +38,11 @@ def endless(stage: Stage, module: Any, dataset: Dataset) -> DataLoader:
     return make_loader(dataset, seed=stage.seed, start=lambda: module.images_seen, **stage.config["loader"])
 
 
-def one_pass(stage: Stage, dataset: Dataset | None) -> DataLoader | None:
-    """Once through a data set, in its own order."""
+def one_pass(stage: Stage, dataset: Dataset | None, shuffle: bool = False) -> DataLoader | None:
+    """Once through a data set, in its own order or shuffled by the seed."""
     if dataset is None:
         return None
-    return make_loader(dataset, seed=stage.seed, shuffle=False, infinite=False, **stage.config["loader"])
+    return make_loader(dataset, seed=stage.seed, shuffle=shuffle, infinite=False, **stage.config["loader"])
 
 
 def autoencoder_of(stage: Stage, checkpoint: Path | None) -> tuple[nn.Module | None, dict | None]:
@@ -119,10 +119,12 @@ def finish(stage: Stage, module: Any) -> str:
     """What is left to do after the last step, and a line about it. All ranks have to call."""
     if stage.kind == "diffusion":
         return f"{stage.label}: {module.images_seen:,} images seen"
-    measured = module.measure_statistics(one_pass(stage, stage.train))
+    measured = module.measure_statistics(one_pass(stage, stage.train, shuffle=True))
     mean, std = (", ".join(f"{value:.3g}" for value in measured[name]) for name in ("mean", "std"))
+    unused = measured["collapsed"]
+    note = f"; channels {unused} collapsed: they carry nothing of the picture (a lower kl weight keeps them)" if unused else ""
     return (f"{stage.label}: latents of {measured['count']:,} images have mean {mean} and standard deviation {std} by channel; "
-            "stored with the autoencoder, which from now on gives them mean 0 and deviation 1")
+            f"stored with the autoencoder, which from now on draws them with mean 0 and deviation 1{note}")
 
 
 def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell

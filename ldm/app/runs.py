@@ -67,7 +67,7 @@ def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> 
             continue
         differ = differences(config, stage.config)
         differ += ["autoencoder"] * (_read(folder / "run.json").get("autoencoder") != stage.autoencoder_key)
-        if any(key.split(".")[0] in ("model", "autoencoder") for key in differ):
+        if any(key.split(".")[0] in ("model", "autoencoder", "data") for key in differ):
             told.append(f"{folder}: not continued, its config differs in {', '.join(differ)}")
             continue
         return checkpoint, told + [f"{folder}: its config differs in {key}, the new value counts" for key in differ]

@@ -181,6 +181,24 @@ def _check(config: dict) -> list[str]:
         mistakes.append(f"name: expected a name for a folder, got {config['name']!r} with a slash in it")
     if not trainer.get("max_time") and (not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1):
         mistakes.append("trainer.max_steps: missing; expected the number of optimizer steps (or trainer.max_time: DD:HH:MM:SS)")
+    return mistakes + _check_numbers(config, trainer)
+
+
+def _check_numbers(config: dict, trainer: dict) -> list[str]:
+    """Values of the right type that cannot be."""
+    mistakes, loader = [], config.get("loader")
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        value = loader.get(name, least) if isinstance(loader, dict) else least
+        if isinstance(value, int) and value < least:
+            mistakes.append(f"loader.{name}: {value}; it takes a whole number from {least}")
+    model = config.get("model")
+    params = model.get("params") if isinstance(model, dict) else None
+    schedule = params.get("schedule") if isinstance(params, dict) else None
+    course = schedule.get("params") if isinstance(schedule, dict) else None
+    ends = isinstance(trainer.get("max_steps"), int) and trainer["max_steps"] > 0
+    if isinstance(course, dict) and course.get("decay", "constant") != "constant" and not ends:
+        mistakes.append(f"model.params.schedule: decay {course['decay']!r} has to know where the run ends: "
+                        "set trainer.max_steps, or take decay: constant")
     return mistakes
 
 

@@ -19,6 +19,8 @@ class FiniteGradients(pl.Callback):
         self.patience, self.in_a_row, self.skipped = patience, 0, 0
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return  # fp16: the scaler itself skips steps whose gradients overflowed, which is how it finds its scale
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
         module.log("train/grad_norm", norm)

@@ -127,4 +127,5 @@ def make_optimizer(block: Block, module: nn.Module) -> Optimizer:
 
 def make_schedule(block: Block | None, optimizer: Optimizer, total: int | None) -> LambdaLR:
     """The learning rate's course over a run of ``total`` optimizer steps (None: unlimited); no block: constant."""
-    return LambdaLR(optimizer, (lambda step: 1.0) if block is None else build(block, total=total))
+    course = (lambda step: 1.0) if block is None else build(block, total=total)
+    return LambdaLR(optimizer, lambda step: course(step))  # a function: LambdaLR would save an object, and its old total
