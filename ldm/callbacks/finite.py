@@ -9,7 +9,8 @@ log = logging.getLogger(__name__)
 
 
 class FiniteGradients(pl.Callback):
-    """Logs ``train/grad_norm``; a step whose gradient is not finite is skipped and counted.
+    """Logs ``train/grad_norm``; a step whose gradient is not finite is skipped and counted. (Under fp16 the gradient
+    scaler does that by itself.)
 
     Raises:
         RuntimeError: after ``patience`` skipped steps in a row.

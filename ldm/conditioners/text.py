@@ -29,8 +29,6 @@ class TextConditioner(nn.Module):
     width nor depth the frozen states pass unchanged.
     dropout: share of captions that training replaces by the empty one (p_uncond; 2207.12598), by drop().
     truncate: "report" logs the words that do not fit, "error" refuses such captions.
-    positions: add a learned embedding of each token's place before the blocks: which thing was named first is then
-    plain to see, where the frozen states have it mixed in (order of objects on small data is learned sooner).
     keep_padding: every caption has max_length tokens, and padding counts as text, as Stable Diffusion was trained.
 
     The frozen encoder is no submodule: it is absent from parameters() and state_dict(), shared by deep copies, and read
@@ -48,7 +46,6 @@ class TextConditioner(nn.Module):
         dropout: float = 0.0,
         truncate: Literal["report", "error"] = "report",
         keep_padding: bool = False,
-        positions: bool = False,
         revision: str | None = None,
     ):
         super().__init__()
@@ -69,9 +66,8 @@ class TextConditioner(nn.Module):
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # tells the device and dtype to work in
 
         self.project = nn.Identity() if width is None else nn.Linear(self.encoder.width, width)
-        self.position_embedding = nn.Parameter(0.2 * torch.randn(self.max_length, self.width)) if positions else None
         self.blocks = nn.ModuleList(Block(self.width, heads) for _ in range(depth))
-        self.norm = nn.Identity() if width is None and not depth and not positions else nn.LayerNorm(self.width)
+        self.norm = nn.Identity() if width is None and not depth else nn.LayerNorm(self.width)
 
     def forward(self, batch: dict) -> Cond:
         """batch: "text_states" (B,L,D0) and "text_mask" (B,L) when they are stored, else "caption", list of B str."""
@@ -91,8 +87,6 @@ class TextConditioner(nn.Module):
         """The trainable part. Padding stays zero, so that it makes no difference how much of it there is."""
         mask = mask.to(self.anchor.device)
         tokens = self.project(states.to(self.anchor))
-        if self.position_embedding is not None:
-            tokens = tokens + self.position_embedding[: tokens.shape[1]]
         for block in self.blocks:
             tokens = block(tokens, mask)
         return Cond(self.norm(tokens).masked_fill(~mask[..., None], 0), mask)
