@@ -65,7 +65,7 @@ def build_denoiser(network: Block, process: Process, parameterization: str, auto
                    conditioner: nn.Module | None, allowed: Iterable[str] | None = None) -> Denoiser:
     """The Denoiser of a diffusion model: the one place where a network's sizes are derived.
 
-    Convolutions are laid out channels-last: token sequences are then views of feature maps, and faster kernels are used.
+    Convolutions are laid out channels-last: token sequences are then views of feature maps.
     """
     network = build(network, allowed=allowed, in_channels=autoencoder.channels, out_channels=autoencoder.channels,
                     context_dim=getattr(conditioner, "width", None), vector_dim=None)

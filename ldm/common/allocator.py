@@ -1,7 +1,7 @@
 """Memory settings for training on the CPU: keep freed memory, and take it in huge pages.
 
 A training step frees and takes the same large blocks again and again. glibc gives blocks above 128 KiB back to the system
-each time, which then clears every page anew: about a fifth of a small model's step.
+each time, which then clears every page anew.
 """
 
 import ctypes

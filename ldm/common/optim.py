@@ -2,7 +2,7 @@
 
 Muon orthogonalises the momentum of every weight matrix (K. Jordan et al. 2024, kellerjordan.github.io/posts/muon) and
 leaves vectors, embeddings and first/last layers to AdamW. A convolution's weight (O, I, kh, kw) is the matrix
-(O, I*kh*kw). On the small models of the embedded default it needs about half of AdamW's steps.
+(O, I*kh*kw).
 """
 
 from __future__ import annotations
