@@ -9,7 +9,7 @@ at all in a channel that collapsed.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,17 @@ class LatentSpec:
     factor: int
     shift: Tensor  # (C,) mean of the raw latents
     scale: Tensor  # (C,) standard deviation of the raw latents
+    count: int = 0  # pictures that shift and scale were measured over; 0: never measured
+    data_hash: str | None = None  # of the data set that these pictures came from
+
+
+@dataclass
+class Bottled:
+    """What a bottleneck gives back: the latent (B,C,h,w), named scalar losses, and (B,h,w) code indices if it has any."""
+
+    latent: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    codes: Tensor | None = None
 
 
 class Autoencoder(nn.Module):
@@ -40,6 +51,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("shift", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("statistics_count", torch.zeros((), dtype=torch.int64))  # pictures measured; 0: never
+        self.register_buffer("statistics_data", torch.zeros(8, dtype=torch.uint8))  # hash of their data set, as bytes
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # (B,3,H,W) -> (B,C,h,w) twice
         """Mean and log-variance of q(z|x) before shift and scale; the log-variance of a deterministic kind is None."""
@@ -50,7 +62,28 @@ class Autoencoder(nn.Module):
 
     @property
     def spec(self) -> LatentSpec:
-        return LatentSpec(self.channels, self.factor, self.shift, self.scale)
+        known = bool(self.statistics_data.any())
+        return LatentSpec(self.channels, self.factor, self.shift, self.scale, int(self.statistics_count),
+                          bytes(self.statistics_data.tolist()).hex() if known else None)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight whose gradients balance the adversarial term (VQGAN, 2012.09841, eq. 7)."""
+        raise NotImplementedError(f"{type(self).__name__} trains with a critic only if it has a property last_layer: the "
+                                  "weight of its decoder's last convolution")
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Bottled]:
+        """The training pass: reconstruction (B,3,H,W) of a draw from q(z|x), and what it costs: "kl" in nats a picture.
+
+        ``noise`` (B,C,h,w) replaces the generator. A deterministic kind has no costs; one with its own overrides this.
+        """
+        self.check(x)
+        mean, logvar = self.moments(x)
+        if logvar is None:
+            return self.decode_raw(mean), Bottled(mean)
+        z = mean + (0.5 * logvar).exp() * (torch.randn_like(mean) if noise is None else noise)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).sum(dim=(1, 2, 3))
+        return self.decode_raw(z), Bottled(z, {"kl": kl.mean()})
 
     def normalise(self, raw: Tensor) -> Tensor:
         return (raw - self.shift.view(-1, 1, 1)) / self.scale.view(-1, 1, 1)
@@ -82,14 +115,18 @@ class Autoencoder(nn.Module):
         return self.decode_raw(self.denormalise(z))
 
     @torch.no_grad()
-    def set_statistics(self, shift: Tensor, scale: Tensor, count: int) -> None:
-        """Store mean and standard deviation (C,) of the raw latents, measured over ``count`` pictures."""
+    def set_statistics(self, shift: Tensor, scale: Tensor, count: int, data_hash: str | None = None) -> None:
+        """Store mean and standard deviation (C,) of the raw latents, measured over ``count`` pictures.
+
+        ``data_hash``: 16 hex digits that name the data set of these pictures.
+        """
         if not (scale >= 1e-6).all():  # nan too
             dead = (~(scale >= 1e-6)).nonzero().flatten().tolist()
             raise ValueError(f"latent channels {dead} have no variance: the autoencoder collapsed; lower its kl weight")
         self.shift.copy_(shift)
         self.scale.copy_(scale)
         self.statistics_count.fill_(count)
+        self.statistics_data.copy_(torch.tensor(list(bytes.fromhex(data_hash or "00" * 8)), dtype=torch.uint8))
 
     def check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.image_channels:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,14 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-
-@dataclass
-class Bottled:
-    """What a bottleneck gives back: the latent (B,C,h,w), named scalar losses, and (B,h,w) code indices if it has any."""
-
-    latent: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    codes: Tensor | None = None
+from autoencoder.base import Bottled
 
 
 class KL(nn.Module):

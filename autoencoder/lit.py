@@ -96,7 +96,7 @@ class AutoencoderModule(pl.LightningModule):
             return
         total = terms["loss"]
         if self.critic is not None:
-            terms |= self.critic.judge(x_hat, terms["reconstruction"], self.autoencoder.decoder.last_layer, number)
+            terms |= self.critic.judge(x_hat, terms["reconstruction"], self.autoencoder.last_layer, number)
             terms |= self.critic.learn(x, x_hat, number)
             total = total + terms["adversarial"] + terms["critic"]
         complete = self._accumulated + 1 == self.accumulate

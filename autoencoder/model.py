@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from autoencoder.base import Autoencoder
-from autoencoder.bottlenecks import Bottled
+from autoencoder.base import Autoencoder, Bottled
 from autoencoder.nets import Decoder, Encoder
 
 
@@ -34,6 +33,10 @@ class BottleneckAutoencoder(Autoencoder):
 
     def decode_raw(self, z: Tensor) -> Tensor:
         return self.decoder(self.post(self.bottleneck.quantise(z)))
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.decoder.last_layer
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Bottled]:
         """The training pass: reconstruction (B,3,H,W) and what the bottleneck said."""

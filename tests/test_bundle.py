@@ -183,6 +183,7 @@ def test_null_states_made_while_sampling_can_be_trained_on(bundle):
     other = copy.deepcopy(bundle)
     other.generate(["a"])
     other.conditioner.null(1).tokens.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in other.conditioner.parameters())
 
 
 def test_every_step_is_reported(bundle):
