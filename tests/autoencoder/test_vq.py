@@ -1,10 +1,9 @@
-import math
-
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from autoencoder.bottlenecks import VQ, usage
+from autoencoder.bottlenecks import VQ
 
 
 def vq(**options):
@@ -121,15 +120,62 @@ def test_evaluation_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in bottleneck.state_dict().items())
 
 
-def test_usage_of_known_counts():
-    found = usage(torch.tensor([1.0, 1, 2, 0]))
-    assert found["used"] == 0.75 and found["perplexity"] == pytest.approx(math.exp(1.5 * math.log(2)))
+def test_cosine_takes_the_entry_of_the_nearest_direction():
+    bottleneck, z = vq(cosine=True, channels=5), torch.randn(2, 5, 4, 3)
+    directions = bottleneck.codebook / bottleneck.codebook.norm(dim=1, keepdim=True)
+    expected = torch.einsum("bchw,kc->bkhw", z, directions).argmax(dim=1)  # the largest cosine
+    out, (latent, _) = bottleneck(z), bottleneck.moments(z)
+    assert torch.equal(out.codes, expected) and torch.equal(bottleneck(7 * z).codes, expected)
+    assert torch.allclose(latent.norm(dim=1), torch.ones(2, 4, 3)) and torch.allclose(latent, z / z.norm(dim=1, keepdim=True))
+    assert torch.allclose(out.latent, directions[expected].permute(0, 3, 1, 2), atol=1e-6)
+    cosine = (latent * out.latent).sum(dim=1).mean()  # |a - b|^2 = 2 - 2 cos for directions, over 5 channels
+    assert out.losses["codebook"].item() == pytest.approx(1.25 * (2 - 2 * cosine.item()) / 5, rel=1e-4)
 
 
-def test_usage_looks_at_the_last_codes_only():
-    bottleneck = vq(window=32)
-    z = bottleneck.codebook.detach()[3].view(1, 3, 1, 1)
-    bottleneck(torch.randn(8, 3, 4, 4))
-    assert bottleneck.usage()["used"] > 0.2
-    bottleneck(z.expand(2, 3, 4, 4))
-    assert bottleneck.usage() == {"used": 1 / 16, "perplexity": pytest.approx(1.0)}
+def test_cosine_ema_codebook_goes_to_the_mean_directions():
+    bottleneck = vq(channels=2, codes=2, learn="ema", cosine=True, decay=0.5)
+    place(bottleneck, torch.tensor([[-1.0, 0], [0, 1]]))
+    z = torch.tensor([[-3.0, 1], [-3, -1], [0.1, 2.0], [-0.2, 4.0]]).T.reshape(1, 2, 2, 2)
+    for _ in range(40):
+        bottleneck(z)
+    assert torch.allclose(bottleneck.entries[0], torch.tensor([-1.0, 0]), atol=1e-4)
+    assert torch.allclose(bottleneck.entries[1], torch.tensor([0.0, 1]), atol=1e-2)
+
+
+def test_two_entries_get_one_feature_only_where_there_are_too_few():
+    bottleneck = vq(codes=8, restart=0.5, learn="ema")
+    bottleneck.use.zero_()
+    z = torch.randn(1, 3, 1, 8)
+    bottleneck._restart_dead(z[0, :, 0].T)
+    assert torch.equal(bottleneck.codebook.sort(dim=0).values, z[0, :, 0].T.sort(dim=0).values)
+    bottleneck.use.zero_()
+    bottleneck._restart_dead(z[0, :, 0, :3].T)
+    assert len(bottleneck.codebook.unique(dim=0)) == 3
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(legacy=True), dict(learn="ema"), dict(cosine=True), dict(learn="ema", cosine=True)],
+    ids=lambda options: " ".join(map(str, options.values())) or "gradient")  # fmt: skip
+def test_restart_heals_a_training_whose_codebook_collapsed(options):
+    """An encoder and a codebook trained together on 24 clusters of vectors, from entries that are all in one place."""
+    centres = F.normalize(torch.randn(24, 4, generator=torch.Generator().manual_seed(2)), dim=1) * 3
+
+    def trained(restart):
+        torch.manual_seed(0)
+        bottleneck = VQ(4, codes=32, decay=0.8, restart=restart, window=2048, **options)
+        place(bottleneck, 20 * torch.ones(32, 4) + 0.1 * torch.randn(32, 4))
+        encoder, decoder = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 1)
+        weights = [p for module in (encoder, decoder, bottleneck) for p in module.parameters()]
+        optimizer = torch.optim.Adam(weights, lr=1e-2)
+        for _ in range(100):
+            x = centres[torch.randint(24, (2, 8, 16))].permute(0, 3, 1, 2) + 0.05 * torch.randn(2, 4, 8, 16)
+            out = bottleneck(encoder(x))
+            loss = F.mse_loss(decoder(out.latent), x)
+            optimizer.zero_grad()
+            (loss + out.losses["codebook"]).backward()
+            optimizer.step()
+        return bottleneck.usage(), loss.item()
+
+    (before, error_before), (after, error_after) = trained(0.0), trained(0.1)
+    assert before["perplexity"] < 5 and after["perplexity"] > 20 and after["used"] > 0.8
+    assert error_after < 0.8 * error_before
