@@ -9,22 +9,25 @@ with one optimizer and ``max_steps`` means what it says.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from autoencoder.bottlenecks import summed
+from autoencoder.codes import summed
 from autoencoder.critics import Adversarial
+from autoencoder.health import PROBLEMS, line, problems
 from autoencoder.losses import ReconstructionLoss, psnr
-from autoencoder.statistics import Tally
+from autoencoder.regularisers import Chance, Regulariser, Regularisers
+from autoencoder.statistics import IMAGES, Tally, measure
 from ldm.common.build import Block
 from ldm.common.ema import Ema
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal
+from ldm.common.weights import evaluating
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class AutoencoderModule(pl.LightningModule):
         optimizer: block of the autoencoder's optimizer, and of the critic's unless that has its own.
         critic: adversarial term; None: none, and one optimizer.
         critic_optimizer: block of the critic's optimizer.
+        regularisers: what is asked of the latents besides; see ``autoencoder.regularisers``.
         schedule: block of the learning rate's course over the run; None: constant. The critic's is constant.
         ema_decay: keep an average of the weights, which is then what is evaluated and used.
         gradient_clip: largest norm of the gradient, for autoencoder and critic alone; None: no limit.
@@ -51,18 +55,24 @@ class AutoencoderModule(pl.LightningModule):
 
     def __init__(self, autoencoder: Autoencoder, loss: ReconstructionLoss, optimizer: Block,
                  critic: Adversarial | None = None, critic_optimizer: Block | None = None,
-                 schedule: Block | None = None, ema_decay: float | None = None, gradient_clip: float | None = None,
-                 accumulate: int = 1, seed: int = 23):
+                 regularisers: list[Regulariser] | None = None, schedule: Block | None = None,
+                 ema_decay: float | None = None, gradient_clip: float | None = None, accumulate: int = 1, seed: int = 23):
         super().__init__()
         if accumulate < 1:
             raise ValueError(f"model.params.accumulate: {accumulate}; it takes 1 or more batches to a step")
         self.automatic_optimization = False
         self.autoencoder, self.loss, self.critic = autoencoder, loss, critic
+        self.regularisers = Regularisers(regularisers or [])
+        self.regularisers.connect(autoencoder)
+        self.loss.check(autoencoder.image_channels)
+        if critic is not None:
+            critic.check(autoencoder)
         self.ema = None if ema_decay is None else Ema(autoencoder, ema_decay)
         self.optimizer, self.critic_optimizer, self.schedule = optimizer, critic_optimizer or optimizer, schedule
         self.gradient_clip, self.accumulate, self.seed = gradient_clip, accumulate, seed
         self.images_seen = self.batches_seen = self.skipped = 0  # images: of all ranks together
-        self._accumulated = self._skipped_in_a_row = 0
+        self._accumulated = self._skipped_in_a_row = self._codes_seen = 0
+        self._told: set[str] = set()  # problems that the last look at the codebook found
         self._validation = Tally()
 
     @property
@@ -70,11 +80,16 @@ class AutoencoderModule(pl.LightningModule):
         """The weights to use: the average where one is kept."""
         return self.autoencoder if self.ema is None else self.ema.shadow
 
+    @property
+    def trained(self) -> nn.ModuleDict:
+        """What the first optimizer steps: everything but the critic. The loss has a weight where its logvar is learned."""
+        return nn.ModuleDict({"autoencoder": self.autoencoder, "loss": self.loss, "regularisers": self.regularisers})
+
     def configure_optimizers(self) -> tuple[list, list]:
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         if steps is None and self.trainer.estimated_stepping_batches != float("inf"):
             steps = self.trainer.estimated_stepping_batches // self.accumulate
-        optimizers = [make_optimizer(self.optimizer, self.autoencoder)]
+        optimizers = [make_optimizer(self.optimizer, self.trained)]
         if self.critic is not None:
             self.critic.plan(None if steps is None else steps * self.accumulate)
             optimizers.append(make_optimizer(self.critic_optimizer, self.critic))
@@ -84,20 +99,24 @@ class AutoencoderModule(pl.LightningModule):
         for turn in (0, 1):  # one rank of each machine downloads, the others find the file
             if (self.local_rank > 0) == turn:
                 self.loss.prepare()
+                self.regularisers.prepare()
             self.trainer.strategy.barrier()
 
     def training_step(self, batch: dict, index: int) -> None:
         x = batch["image"]
         number, self.batches_seen = self.batches_seen, self.batches_seen + 1
         self.images_seen += len(x) * self.trainer.world_size
-        x_hat, bottled = self.autoencoder(x, self.noise(batch))
-        terms = self.loss(x, x_hat, bottled.losses, number)
+        goal, x_hat, bottled = self.regularisers.reconstruct(self.autoencoder, x, self.noise(batch), self.chance(batch, number))
+        terms = self.loss(goal, x_hat, bottled.losses, number)
+        asked, logged = self.regularisers.terms(x, bottled.latent, terms["nll"])
+        terms |= logged | {"loss": terms["loss"] + asked}
         if self.not_finite(terms):  # before the critic sees it: its running statistics would keep it
             return
         total = terms["loss"]
         if self.critic is not None:
-            terms |= self.critic.judge(x_hat, terms["reconstruction"], self.autoencoder.last_layer, number)
-            terms |= self.critic.learn(x, x_hat, number)
+            last_layer = self.autoencoder.last_layer if self.critic.adaptive else None
+            terms |= self.critic.judge(x_hat, terms["nll"], last_layer, number)
+            terms |= self.critic.learn(goal, x_hat, number)
             total = total + terms["adversarial"] + terms["critic"]
         complete = self._accumulated + 1 == self.accumulate
         hold = nullcontext if complete else getattr(self.trainer.strategy, "block_backward_sync", nullcontext)
@@ -106,12 +125,27 @@ class AutoencoderModule(pl.LightningModule):
         self._accumulated += 1
         if complete:
             terms |= self.step(terms, critic_learns=self.critic is not None and self.critic.learns(number))
-        terms |= {"psnr": psnr(x, x_hat.detach()).mean(), "skipped": float(self.skipped)}
-        if bottled.codes is not None and self.batches_seen % 50 == 0:
-            used = {f"codebook_{name}": value for name, value in self.autoencoder.bottleneck.usage().items()}
-            self.warn(used)
-            terms |= used
+        terms |= {"psnr": psnr(goal, x_hat.detach()).mean(), "skipped": float(self.skipped), **self.usage(bottled.codes)}
         self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(x))
+
+    def usage(self, codes: Tensor | None) -> dict[str, float]:
+        """How much of the codebook was used lately, every 50 batches; a collapse is told when it is first seen."""
+        bottleneck = getattr(self.autoencoder, "bottleneck", None)
+        if codes is None or not hasattr(bottleneck, "usage"):  # no codes, or a user's own kind that does not count them
+            return {}
+        self._codes_seen += codes.numel() * self.trainer.world_size
+        if self.batches_seen % 50:
+            return {}
+        used = {f"codebook_{name}": value for name, value in bottleneck.usage().items()}
+        seen = {"codebook_seen": self._codes_seen, "codebook_size": bottleneck.codes}
+        found = problems({**used, **seen}, self.autoencoder.channels)
+        self.tell(sentence for name, sentence in found.items() if name not in self._told)
+        self._told = set(found)
+        return used
+
+    def chance(self, batch: dict, number: int) -> Chance:
+        positions = batch["position"] if "position" in batch else torch.randint(2**40, (len(batch["image"]),))
+        return Chance(self.seed, number, positions.tolist())
 
     def noise(self, batch: dict) -> Tensor | None:
         """What latents are drawn with: a function of the pictures' positions in the run, so that it can be resumed."""
@@ -124,7 +158,7 @@ class AutoencoderModule(pl.LightningModule):
     def step(self, terms: dict[str, Tensor], critic_learns: bool) -> dict[str, Tensor]:
         """Clip, check and step; gives back what there is to log."""
         optimizers = self.listed_optimizers()
-        modules = {"gradient_norm": self.autoencoder}
+        modules = {"gradient_norm": self.trained}
         if critic_learns:
             modules["critic_gradient_norm"] = self.critic
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # fp16: gradients are scale times too large
@@ -178,49 +212,41 @@ class AutoencoderModule(pl.LightningModule):
         x_hat, bottled = self.best(x, torch.zeros_like(mean))  # the mode: no chance in what is compared
         tally.latents(mean, logvar)
         tally.terms({**self.loss(x, x_hat, bottled.losses, self.batches_seen), "psnr": psnr(x, x_hat).mean()}, len(x))
-        if bottled.codes is not None:
-            tally.codes(bottled.codes, self.best.bottleneck.codes)
+        size = getattr(getattr(self.best, "bottleneck", None), "codes", None)
+        if bottled.codes is not None and size is not None:
+            tally.codes(bottled.codes, size)
 
     def on_validation_epoch_end(self) -> None:
-        values = self._validation.gathered().summary()
-        self.warn(values)
-        self.log_dict({f"val/{name}": value for name, value in values.items()})
+        """Log what was measured, and say in sentences how things stand."""
+        tally, channels = self._validation.gathered(), self.autoencoder.channels
+        values = tally.summary() | (self.critic.right() if self.critic is not None else {})
+        if "codes" in tally.sums:
+            values |= {"codebook_seen": float(tally.sums["codes"].sum()), "codebook_size": len(tally.sums["codes"])}
+        found = problems(values, channels, getattr(self.loss, "kl", None))
+        if self.trainer.is_global_zero:
+            log.info("validation: %s", line(values, channels))
+        self.tell(found.values())
+        values |= {f"health_{name}": float(name in found) for name in PROBLEMS}  # 1: there is this problem
+        self.log_dict({f"val/{name}": float(value) for name, value in values.items()})
 
-    def warn(self, values: dict[str, float]) -> None:
-        """Say in a sentence what is known to ruin a first stage."""
-        channels = self.autoencoder.channels
-        if values.get("active_units", channels) < channels:
-            log.warning("posterior collapse: %d of %d channels active; lower loss.kl (now %g)",
-                        values["active_units"], channels, self.loss.kl)
-        if values.get("codebook_used", 1.0) < 0.1:
-            log.warning("codebook collapse: %.1f %% of its entries are used; set bottleneck.restart, or learn: ema",
-                        100 * values["codebook_used"])
+    def tell(self, sentences: Iterable[str]) -> None:
+        for sentence in sentences:
+            if self.trainer.is_global_zero:
+                log.warning(sentence)
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:  # (B,C,H,W) in [-1,1] twice
-        with evaluating(self.best) as model:
-            return model.decode(model.encode(x))
+        with evaluating(self.best):
+            return self.best.decode(self.best.encode(x))
 
     @torch.no_grad()
-    def measure_statistics(self, loader: Iterable[dict], images: int = 10_000) -> dict:
-        """Mean and standard deviation of raw latents per channel, over ``images`` pictures of all ranks together (or the
-        whole data set, if that is smaller), stored in the autoencoder; gives them back. All ranks have to call."""
-        images = min(images, len(loader.dataset)) if hasattr(loader, "dataset") else images
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        tally, own = Tally(), -(-images // world)
-        with evaluating(self.best) as model:
-            for batch in loader:
-                x = batch["image"][: own - tally.count].to(self.device)
-                tally.latents(*model.moments(x))
-                if tally.count >= own:
-                    break
-        tally = tally.gathered()
-        mean, variance, noise = tally.moments()
-        std = (variance + noise).sqrt()
-        for model in {self.autoencoder, self.best}:
-            model.set_statistics(mean.float(), std.float(), tally.count)
-        collapsed = (variance < 0.1 * std.square()).nonzero().flatten().tolist()  # the draw says nothing of the picture
-        return {"count": tally.count, "mean": mean.tolist(), "std": std.tolist(), "collapsed": collapsed}
+    def measure_statistics(self, loader: Iterable[dict], images: int = IMAGES, fingerprint: str | None = None) -> dict:
+        """``statistics.measure`` of the weights to use; stored in both sets of weights. All ranks have to call."""
+        with evaluating(self.best):
+            found = measure(self.best, loader, images, fingerprint)
+        spec = self.best.spec
+        self.autoencoder.set_statistics(spec.shift, spec.scale, spec.count, spec.data_hash)
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["progress"] = {"images": self.images_seen, "batches": self.batches_seen, "skipped": self.skipped}
@@ -238,14 +264,3 @@ def clip(module: nn.Module, limit: float | None, scale: float) -> Tensor:
     if limit is not None:
         nn.utils.clip_grads_with_norm_(weights, limit * scale, norm)
     return norm / scale
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[nn.Module]:
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield module
-    finally:
-        for m, mode in modes.items():
-            m.training = mode

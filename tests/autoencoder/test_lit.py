@@ -2,67 +2,11 @@ import logging
 from itertools import islice
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
-from torch.utils.data import Dataset
+from squares import SIDE, Record, Squares, fit, module, on_two_ranks, weights
 
 from autoencoder.bottlenecks import KL, VQ
-from autoencoder.critics import Adversarial, PatchCritic
-from autoencoder.lit import AutoencoderModule
-from autoencoder.losses import ReconstructionLoss
-from autoencoder.model import convolutional
 from ldm.data.loader import make_loader
-
-SIDE = 16
-
-
-class Squares(Dataset):
-    """One bright square on a dark ground; ``broken``: indices that hold inf."""
-
-    def __init__(self, count=64, broken=()):
-        self.count, self.broken = count, broken
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        generator = torch.Generator().manual_seed(i)
-        x = torch.full((3, SIDE, SIDE), -1.0) + torch.rand(3, 1, 1, generator=generator) / 2
-        top, left = torch.randint(0, SIDE - 6, (2,), generator=generator).tolist()
-        x[:, top : top + 6, left : left + 6] = torch.rand(3, 1, 1, generator=generator)
-        return {"image": x * float("inf") if i in self.broken else x, "caption": "a square", "key": str(i)}
-
-
-def module(bottleneck=None, critic=False, kl=1e-6, **options):
-    torch.manual_seed(0)
-    if critic:
-        options["critic"] = Adversarial(PatchCritic(3, width=8, layers=1, **({} if critic is True else critic)),
-                                        start=options.pop("start", 0), ramp=0, lead=options.pop("lead", 0))
-    autoencoder = convolutional(bottleneck or KL(2), width=8, mult=[1, 2], blocks=1, attention=False)
-    optimizer = {"target": f"torch.optim.{options.pop('rule', 'AdamW')}", "params": {"lr": options.pop("lr", 2e-3)}}
-    return AutoencoderModule(autoencoder, ReconstructionLoss(kl=kl), optimizer, **options)
-
-
-def fit(model, steps, data=None, validation=None, callbacks=(), ckpt_path=None, batch_size=8, **options):
-    loader = make_loader(data or Squares(), batch_size, seed=1, start=lambda: model.images_seen)
-    trainer = pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=list(callbacks),
-                         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-                         num_sanity_val_steps=0, val_check_interval=steps if validation else None, **options)
-    trainer.fit(model, loader, validation, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
-    return trainer
-
-
-class Record(Callback):
-    def __init__(self):
-        self.steps = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, index):
-        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-
-def weights(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("bottleneck", [KL(2), VQ(2, codes=32, learn="ema"), VQ(2, codes=32)], ids=["kl", "ema", "vq"])
@@ -94,7 +38,7 @@ def test_every_trainable_weight_is_in_exactly_one_optimizer():
 
 def test_the_critic_comes_when_it_is_told_to():
     record = Record()
-    model = module(critic=True, start=0.5, lead=0.25)
+    model = module(critic=True, adversarial={"start": 0.5, "lead": 0.25})
     before = weights(model.critic)
     fit(model, 8, callbacks=[record])
     assert [s["train/adversarial_weight"] > 0 for s in record.steps] == [False] * 4 + [True] * 4
@@ -134,7 +78,7 @@ def test_accumulation_is_one_step_of_a_larger_batch():
 def test_resumed_is_the_same_as_straight_through(tmp_path):
     def made():
         torch.manual_seed(0)
-        return module(VQ(2, codes=32, restart=0.3, decay=0.5), critic=True, start=3, ema_decay=0.9)
+        return module(VQ(2, codes=32, restart=0.3, decay=0.5), critic=True, adversarial={"start": 3}, ema_decay=0.9)
 
     straight, first, second = made(), made(), made()
     fit(straight, 6)
@@ -226,28 +170,11 @@ def test_reconstruct_is_decode_of_encode():
     assert torch.equal(model.reconstruct(x), model.autoencoder.decode(model.autoencoder.encode(x)))
 
 
-class Told(Callback):
-    """Each rank saves what it has at the end."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_end(self, trainer, module):
-        bottleneck = module.autoencoder.bottleneck
-        torch.save({"weights": [p.detach() for p in module.parameters()], "skipped": module.skipped, "images": module.images_seen,
-                    "used": bottleneck.usage() if isinstance(bottleneck, VQ) else None}, self.folder / f"{trainer.global_rank}.pt")
-
-
-def on_two_ranks(folder, model, steps, **options):
-    fit(model, steps, callbacks=[Told(folder)], devices=2, strategy="ddp_fork", **options)  # plain DDP, no unused weights
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_ranks_end_with_the_same_weights(tmp_path, accumulate):
     torch.manual_seed(0)
     bottleneck = VQ(2, codes=32, restart=0.3, decay=0.5)
-    model = module(bottleneck, critic={"norm": "batch"}, start=3, lead=1, accumulate=accumulate)
+    model = module(bottleneck, critic={"norm": "batch"}, adversarial={"start": 3, "lead": 1}, accumulate=accumulate)
     *_, second = islice(make_loader(Squares(640), 16, seed=1), 2)
     broken = Squares(640, broken={int(second["key"][11])})  # on the second rank alone
     one, other = on_two_ranks(tmp_path, model, 4, data=broken)
