@@ -18,17 +18,17 @@ from ldm.bundle import Bundle
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
+from ldm.interop import compvis, diffusers, pickles
 
 log = logging.getLogger(__name__)
 
-READ = "read are a .ckpt or .safetensors that this program wrote, and a run folder"
+READ = "read are a .ckpt or .safetensors that this program wrote, a run folder, and autoencoders of CompVis and diffusers"
 PARTS = ("autoencoder", "conditioner", "denoiser")
-LEFT_BEHIND = ("critic", "loss")  # what only training needs
+LEFT_BEHIND = ("critic", "loss", "regularisers")  # what only training needs
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"lora": "a LoRA, which changes another model and is none by itself",
     r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a CompVis or Stable Diffusion checkpoint",
-    r"^encoder\.down\.\d": "an autoencoder of CompVis",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
     r"^param_groups$": "an optimizer's state",
@@ -44,6 +44,7 @@ class Checkpoint:
     about: dict
     tensors: dict[str, Tensor]
     step: int | None = None
+    foreign: bool = False  # written by another program; names and config are ours nevertheless
 
     @property
     def has_ema(self) -> bool:
@@ -59,6 +60,8 @@ class Checkpoint:
             alone = self.about["kind"] == "autoencoder"  # its average is of the autoencoder, without that word
             found |= {f"autoencoder.{name}" if alone and name.split(".")[0] not in PARTS else name: self.tensors[key]
                       for key, name in names.items()}  # fmt: skip
+        if "autoencoder.statistics_count" in found:  # saved before the hash of their data was kept beside it
+            found.setdefault("autoencoder.statistics_data", torch.zeros(8, dtype=torch.uint8))
         return found
 
 
@@ -68,16 +71,19 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
 
     Args:
         path: .ckpt or .safetensors, or a run folder, of which the finished or else the last checkpoint is taken.
-        config: a file or mapping to compare with the checkpoint's own, which is the one that is used.
+            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers.
+        config: of a foreign file, the yaml that it was trained with; None: the architecture is read from the shapes.
+            Our own files hold theirs, which is used; one given here is compared with it.
         ema: take the averaged weights, if there are any, in place of those that the optimizer moves.
-        dtype: of conditioner and denoiser, as in the file if None. The autoencoder keeps its own: it overflows in half.
+        dtype: of conditioner and denoiser, as in the file if None. The autoencoder keeps its own, as it overflows in half;
+            foreign ones become float32. It is changed only where it is all that there is.
         trust: build what the checkpoint's config names even outside of this program and torch, that is, run that code.
 
     Raises:
         UserError: for whatever is not such a file, is damaged, or does not belong together; in one line.
     """
-    found = read(path)
-    if config is not None:
+    found = read(path, config)
+    if config is not None and not found.foreign:
         _warn_of_differences(found, config)
     about = found.about
     try:
@@ -88,21 +94,29 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
     _check_autoencoder(found, bundle)
     if found.has_ema:
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
-    for part in (bundle.conditioner, bundle.denoiser):
+    for part in [bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]:
         if part is not None:
             part.to(dtype=dtype)
     return bundle.to(device)
 
 
-def read(path: str | Path) -> Checkpoint:
-    """A checkpoint's contents, mapped into memory; the model is not built."""
+def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
+    """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
     file = find(Path(path))
     about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    tensors = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
     if about is None:
-        raise UserError(f"{file}: this is {_foreign(tensors)}; {READ}")
+        readers = [reader for reader in (compvis, diffusers) if reader.holds_autoencoder(tensors)]
+        if not readers:
+            raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
+        beside = file.parent / diffusers.CONFIG
+        if config is None and readers[0] is diffusers and beside.is_file():
+            config = diffusers.read_config(beside)
+        given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+        return Checkpoint(file, *readers[0].read(tensors, plain(given), str(file)), step, foreign=True)
     if about.get("kind") not in ("diffusion", "autoencoder") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
-    return Checkpoint(file, about, {WRAPPERS.sub("", key): value for key, value in tensors.items()}, step)
+    return Checkpoint(file, about, tensors, step)
 
 
 def find(path: Path) -> Path:
@@ -115,8 +129,9 @@ def find(path: Path) -> Path:
         near = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
         raise UserError(f"{path}: no such file or folder" + (f"; nearest: {folder / near}" if near else ""))
     if (path / "model_index.json").is_file():
-        raise UserError(f"{path}: this is a pipeline folder of diffusers; {READ}")
-    tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
+        vae = next((f"; its autoencoder alone is in {part}" for part in (path / "vae", path / "vqvae") if part.is_dir()), "")
+        raise UserError(f"{path}: this is a pipeline folder of diffusers{vae}; {READ}")
+    tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", *(path / name for name in diffusers.WEIGHTS)]
     if (path / "DONE").is_file():
         named = json.loads((path / "DONE").read_text()).get("checkpoint")
         tries = [path / named, *tries] if named else tries  # an absolute name stays as it is
@@ -138,29 +153,57 @@ def _read_safetensors(file: Path) -> tuple[dict | None, dict[str, Tensor], int |
             text = (opened.metadata() or {}).get("ldm")
         return json.loads(text) if text else None, tensors, None
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: damaged, or no .safetensors file ({_one_line(error)})") from error
+        said = _instead(file) or f"damaged, or no .safetensors file ({_one_line(error)})"
+        raise UserError(f"{file}: {said}") from error
 
 
 def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]:
-    if not zipfile.is_zipfile(file):  # the zip's directory is at its end: half a file has none
-        with open(file, "rb") as opened:
-            begins_as_zip = opened.read(4) == b"PK\x03\x04"
-        said = "damaged: its end is missing" if begins_as_zip else "not a checkpoint"
+    is_zip = zipfile.is_zipfile(file)  # the zip's directory is at its end: half a file has none
+    head = _head(file)
+    if not is_zip and not head.startswith(pickles.OLD):
+        said = "damaged: its end is missing" if head.startswith(b"PK") else _instead(file) or "not a checkpoint"
         raise UserError(f"{file}: {said} ({file.stat().st_size:,} bytes); {READ}")
     try:
-        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        saved, refused = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True), None
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: holds more than tensors and plain data ({_refused(error)}), which could run code and "
-                        f"is not read; {READ}") from error
+        saved, refused = _without_the_rest(file), _refused(error)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
-    tensors = {str(key): value for key, value in saved.get("state_dict", saved).items()}
+    state = saved.get("state_dict", saved)
+    state = state if isinstance(state, dict) else {}
+    tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
+    if refused and ("ldm" in saved or not compvis.holds_autoencoder(tensors)):
+        raise UserError(f"{file}: holds more than tensors and plain data ({refused}), which could run code and "
+                        f"is not read; {READ}")
     return saved.get("ldm"), tensors, saved.get("global_step")
 
 
-def _foreign(tensors: Mapping[str, Tensor]) -> str:
+def _without_the_rest(file: Path) -> object:
+    """What torch refused to read whole, with stand-ins for all that is neither tensor nor plain data."""
+    try:
+        return pickles.read(file)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
+
+
+def _head(file: Path) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read(200)
+
+
+def _instead(file: Path) -> str | None:
+    """What a download left in place of the file, if that is what happened."""
+    head = _head(file).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not a checkpoint: the download was refused or redirected"
+    return None
+
+
+def _kind(tensors: Mapping[str, Tensor]) -> str:
     """What a file without our mark seems to be."""
     for pattern, kind in FOREIGN.items():
         if any(re.search(pattern, key) for key in tensors):
@@ -178,7 +221,7 @@ def _check_autoencoder(found: Checkpoint, bundle: Bundle) -> None:
     expected = found.about.get("autoencoder_hash")
     if found.about["kind"] == "diffusion" and expected and (got := bundle.autoencoder.content_hash()) != expected:
         raise UserError(f"{found.path}: its autoencoder (hash {got}) is not the one that the model was trained with "
-                        f"(hash {expected}); the file was put together from two")
+                        f"(hash {expected}); weights of two models were put together, or edited: take the file as it was saved")
 
 
 def _warn_of_differences(found: Checkpoint, given: str | Path | Mapping) -> None:

@@ -73,7 +73,8 @@ def test_an_autoencoders_own_checkpoint(bundle, model_config, tmp_path):
     module = build(copy.deepcopy(config["model"]), seed=1)
     module.ema.shadow.load_state_dict(bundle.autoencoder.state_dict())
     about = Bundle(module.best, config=config).describe()
-    path = saved(tmp_path / "ae.ckpt", {"state_dict": module.state_dict(), "ldm": about})
+    trained_beside = {"loss.logvar": torch.zeros(()), "regularisers.0.projection.weight": torch.zeros(4, 4, 1, 1)}
+    path = saved(tmp_path / "ae.ckpt", {"state_dict": module.state_dict() | trained_beside, "ldm": about})
     found, raw = load(path), load(path, ema=False)
     assert found.conditioner is None and found.denoiser is None
     assert found.autoencoder.content_hash() == bundle.autoencoder.content_hash()
@@ -111,7 +112,7 @@ def test_a_config_that_differs_is_compared_not_obeyed(checkpoint, model_config, 
     assert "num_heads" not in caplog.text
     caplog.clear()
     load(checkpoint, model_config)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # What is not ours, damaged, or put together from two.
@@ -173,8 +174,6 @@ def test_pickles_are_not_executed(tmp_path):
         (["lora_unet_down.lora_up.weight"], "a LoRA"),
         (["model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.a"], "CompVis or Stable Diffusion"),
         (["down_blocks.0.resnets.0.conv1.weight"], "of diffusers"),
-        (["encoder.down_blocks.0.resnets.0.conv1.weight"], "of diffusers"),
-        (["encoder.down.0.block.0.conv1.weight"], "autoencoder of CompVis"),
         (["fc.weight"], "does not say what model it holds"),
     ],
 )
@@ -185,7 +184,7 @@ def test_other_programs_files(tmp_path, names, kind, suffix):
         torch.save({"state_dict": weights} if "fc" in names[0] else weights, path)
     else:
         save_file(weights, path)
-    refused(path, kind, "read are a .ckpt or .safetensors that this program wrote, and a run folder")
+    refused(path, kind, "read are a .ckpt or .safetensors that this program wrote, a run folder, and")
 
 
 def test_other_things(tmp_path):

@@ -196,8 +196,8 @@ def test_compressed_shards_are_refused(tmp_path, compression, name):
 
 
 def test_shards_without_images(tmp_path):
-    write_members(tmp_path / "a.tar", ("1.npy", b"x"), ("1.txt", b"x"))
-    with pytest.raises(UserError, match="no image in 1 shards; they hold 1 .npy, 1 .txt"):
+    write_members(tmp_path / "a.tar", ("1.cls", b"x"), ("1.txt", b"x"))
+    with pytest.raises(UserError, match="no image in 1 shards; they hold 1 .cls, 1 .txt"):
         WebDataset(str(tmp_path), size=8)
     (tmp_path / "a.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(UserError, match="a.tar: not a whole tar file"):

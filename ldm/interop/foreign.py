@@ -1,0 +1,74 @@
+"""An autoencoder of somebody else in our names: weights renamed by a table, all that does not fit told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ldm.bundle import Bundle
+from ldm.common.files import UserError
+from ldm.common.weights import compare
+from ldm.interop import names
+
+BOTTLENECKS = ("autoencoder.bottlenecks.KL", "autoencoder.bottlenecks.VQ")
+
+
+def about(block: Mapping, layout: str) -> dict:
+    """What a checkpoint of ours with this autoencoder says of itself."""
+    config = {"model": {"target": "autoencoder.lit.AutoencoderModule", "params": {"autoencoder": dict(block)}}}
+    return {"kind": "autoencoder", "config": config, "layout": layout}
+
+
+def translated(block: Mapping, layout: str, tensors: Mapping[str, Tensor], origin: str, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of the autoencoder that ``block`` describes, by our names, from tensors in the names of ``layout``.
+
+    They become float32, whatever the file has: the decoders overflow in half precision.
+
+    Raises:
+        UserError: with counts for each part, where names or shapes differ.
+    """
+    expected = Bundle.from_config(about(block, layout)["config"]).autoencoder.state_dict()
+    has_weights = block["target"] == names.CONVOLUTIONAL  # an identity has none
+    known = names.table(names.Layout.of(block), layout, prefix) if has_weights else {}
+    table = {ours: known[ours] for ours in expected if ours in known}
+    # attention is a 1x1 convolution in one layout, a matrix in another
+    given = {theirs: value.reshape(expected[ours].shape) if _is_matrix_of(value, expected[ours]) else value
+             for ours, theirs in table.items() if (value := tensors.get(theirs)) is not None}  # fmt: skip
+    problems = compare({theirs: expected[ours] for ours, theirs in table.items()}, {**tensors, **given})
+    if problems:
+        raise UserError(f"{origin}: its weights are not those of the autoencoder described: {problems}")
+    return {ours: given[theirs].to(torch.float32) for ours, theirs in table.items()} | names.own(expected)
+
+
+def renamed(bundle: Bundle, layout: str) -> tuple[dict, dict[str, Tensor]]:
+    """For writing: the settings of the bundle's autoencoder, its bottleneck's too, and its weights by the names of ``layout``.
+
+    Raises:
+        UserError: where that layout has no place for them.
+    """
+    block = bundle.config.get("autoencoder") or bundle.config["model"]["params"]["autoencoder"]
+    table, params = names.table(names.Layout.of(block), layout), names.settings(block)
+    bottleneck = params["bottleneck"]
+    if bottleneck["target"] not in BOTTLENECKS:
+        raise UserError(f"{layout} has no bottleneck {bottleneck['target']}; it has {' and '.join(BOTTLENECKS)}")
+    params["bottleneck"] = names.defaults(bottleneck)
+    if params["bottleneck"].get("cosine"):
+        raise UserError(f"{layout} has no codebook of directions (cosine: true)")
+    widths = [params["width"] * m for m in params["mult"] or (1, 2, 4, 4)]
+    if any(width % params["groups"] for width in widths):
+        raise UserError(f"{layout} needs widths that its {params['groups']} groups of normalisation divide, not {widths}")
+    weights = {name: value.detach().cpu().contiguous() for name, value in bundle.autoencoder.state_dict().items()}
+    return params, {table[name]: value for name, value in weights.items() if name in table}
+
+
+def refuse_others(params: Mapping, where: str, **only: object) -> None:
+    """UserError unless every setting has the one value that there is elsewhere."""
+    for name, value in only.items():
+        if params[name] != value:
+            raise UserError(f"{where} has no autoencoder with {name}: {params[name]!r}, only {value!r}")
+
+
+def _is_matrix_of(value: Tensor, expected: Tensor) -> bool:
+    return value.ndim == 2 and expected.shape == (*value.shape, 1, 1)
