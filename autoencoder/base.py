@@ -1,7 +1,10 @@
 """The contract that every autoencoder keeps, and the simplest one that keeps it.
 
 Whoever calls ``encode`` gets latents of zero mean and unit variance per channel; whoever calls ``decode`` gives such
-latents. The statistics that make it so (``shift``, ``scale``) belong to the autoencoder and travel in its state dict.
+latents. Both may be in any precision: what comes out is float32 at least, and inside it goes in the precision of the
+weights, autocast or not, since some autoencoders overflow in half.
+
+The statistics that make it so (``shift``, ``scale``) belong to the autoencoder and travel in its state dict.
 They are those of draws from q(z|x): the mode, which ``encode`` gives without a generator, varies a little less, and hardly
 at all in a channel that collapsed.
 """
@@ -9,10 +12,14 @@ at all in a channel that collapsed.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from autoencoder.tiled import blended
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,20 @@ class Autoencoder(nn.Module):
     def decode_raw(self, z: Tensor) -> Tensor:  # (B,C,h,w) raw -> (B,3,H,W)
         raise NotImplementedError(f"{type(self).__name__} has to implement decode_raw(z)")
 
+    def tiled_moments(self, x: Tensor, tile: int) -> tuple[Tensor, Tensor | None]:
+        """``moments`` with less memory, by tiles of ``tile`` pixels a side. A kind that can do it exactly overrides this."""
+
+        def joined(part: Tensor) -> Tensor:
+            mean, logvar = self.moments(part)
+            return mean if logvar is None else torch.cat([mean, logvar], dim=1)
+
+        both = blended(joined, x, max(2, tile // self.factor), inside=self.factor)
+        return (both, None) if both.shape[1] == self.channels else tuple(both.chunk(2, dim=1))
+
+    def tiled_decode_raw(self, z: Tensor, tile: int) -> Tensor:
+        """``decode_raw`` with less memory. A kind that can do it exactly overrides this."""
+        return blended(self.decode_raw, z, max(2, tile // self.factor), outside=self.factor)
+
     @property
     def spec(self) -> LatentSpec:
         known = bool(self.statistics_data.any())
@@ -91,28 +112,53 @@ class Autoencoder(nn.Module):
     def denormalise(self, z: Tensor) -> Tensor:
         return z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def posterior(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation (B,C,h,w) of q(z|x) at unit scale; None for deterministic kinds."""
         self.check(x)
-        mean, logvar = self.moments(x)
-        std = None if logvar is None else (0.5 * logvar).exp() / self.scale.view(-1, 1, 1)
-        return self.normalise(mean), std
+        check_tile(tile)
+        with without_autocast(x.device):
+            x = x.to(self.dtype)
+            mean, logvar = (at_least_float32(part) for part in
+                            (self.moments(x) if tile is None else self.tiled_moments(x, tile)))
+            std = None if logvar is None else ((0.5 * logvar).exp() / self.scale.view(-1, 1, 1)).contiguous()
+            return self.normalise(mean).contiguous(), std  # not channels-last, as convolutions may leave them
 
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, x: Tensor, generator: torch.Generator | None = None, tile: int | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1] -> latents (B,C,h,w) at unit scale: the mode, or a draw if a generator is given.
+
+        tile: side in pixels of the tiles that large pictures are encoded by, with less memory; None: at once. Exact, up to
+            rounding, with the encoder and decoder of ``autoencoder.nets``; with others tiles are blended.
 
         Raises:
             ValueError: where the channels are not the autoencoder's, or a side is no multiple of ``factor``.
         """
-        mean, std = self.posterior(x)
+        mean, std = self.posterior(x, tile)
         if generator is None or std is None:
             return mean
         noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
         return mean + std * noise.to(mean.device)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
         """Latents (B,C,h,w) at unit scale -> pictures (B,3,H,W), [-1,1] up to overshoot. The inverse of ``encode``."""
-        return self.decode_raw(self.denormalise(z))
+        check_tile(tile)
+        with without_autocast(z.device):
+            raw = self.denormalise(at_least_float32(z)).to(self.dtype)
+            return at_least_float32(self.decode_raw(raw) if tile is None else self.tiled_decode_raw(raw, tile)).contiguous()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), self.shift.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Autoencoder:
+        """As of any module, except that the statistics stay in float32 where the weights go to half precision."""
+        kept = {name: getattr(self, name) for name in ("shift", "scale")}
+        super()._apply(fn, recurse)
+        for name, exact in kept.items():
+            moved = getattr(self, name)
+            if moved.itemsize < exact.itemsize:
+                setattr(self, name, exact.to(moved.device))
+        return self
 
     @torch.no_grad()
     def set_statistics(self, shift: Tensor, scale: Tensor, count: int, data_hash: str | None = None) -> None:
@@ -141,9 +187,26 @@ class Autoencoder(nn.Module):
         """16 hex digits over every weight and buffer: two autoencoders with the same hash have the same latents."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
+            if name == "statistics_data" and not tensor.any():
+                continue  # not known: the hash is what it was when there was no such buffer
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
+
+
+def at_least_float32(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.itemsize >= 4 else x.float()
+
+
+def check_tile(tile: int | None) -> None:
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile: {tile}; it takes the side of a tile in pixels, from 1, or None")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Inside it nothing is cast to half precision behind anybody's back."""
+    known = torch.amp.is_autocast_available(device.type)  # the meta device has none
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 class Identity(Autoencoder):

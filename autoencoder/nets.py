@@ -7,38 +7,49 @@ that is where nearly all the time goes.
 
 from __future__ import annotations
 
+from functools import partial
+from math import gcd
+from typing import Literal
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def norm(channels: int, groups: int = 32) -> nn.GroupNorm:
+    return nn.GroupNorm(gcd(channels, groups), channels, eps=1e-6)
+
+
+def activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """silu(norm(x)). Without gradients the norm's output is overwritten: on large maps taking fresh memory costs time."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
 
-    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0):
+    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32):
         super().__init__()
-        self.norm1, self.conv1 = norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = norm(channels, groups), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = norm(out_channels, groups), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H,W)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.shortcut(x) + h
+        h = self.conv1(activated(self.norm1, x))
+        h = activated(self.norm2, h)  # by this name, so that conv1's output is freed before conv2's is made
+        h = self.conv2(self.dropout(h))
+        h += self.shortcut(x)
+        return h
 
 
 class Attention(nn.Module):
     """Single-head self-attention over all positions, with a residual."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = norm(channels, groups)
         self.q, self.k, self.v, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W)
@@ -48,34 +59,62 @@ class Attention(nn.Module):
         return x + self.out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Downsample(nn.Module):
-    """Strided 3x3 convolution; pads on the right and at the bottom only, as the published autoencoders do."""
+class LinearAttention(nn.Module):
+    """sum_n k_n v_n^T, with k a softmax over positions, read out by q (1812.01243). No norm, no residual: as LDM has it."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1, bias=False), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W)
+        q, k, v = rearrange(self.qkv(x), "b (three c) h w -> three b c (h w)", three=3)
+        memory = torch.einsum("bdn,ben->bed", k.softmax(dim=-1), v)
+        return self.out(rearrange(memory @ q, "b c (h w) -> b c h w", h=x.shape[2]))
+
+
+ATTENTION = {"softmax": Attention, "linear": LinearAttention}
+
+
+class Downsample(nn.Module):
+    """Strided 3x3 convolution, padded on the right and at the bottom only, as the published autoencoders do; or a mean."""
+
+    def __init__(self, channels: int, conv: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if conv else None
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C,H/2,W/2)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a 3x3 convolution."""
+    """Nearest neighbour, then a 3x3 convolution, or none.
 
-    def __init__(self, channels: int):
+    Of three neighbours in the enlarged map two are the same pixel of the small one. So both steps together are a transposed
+    convolution by sums of the 3x3 weights: 4 products for each output instead of 9, and no enlarged copy.
+    """
+
+    def __init__(self, channels: int, conv: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+
+    def weight(self) -> Tensor:  # (C,C,4,4), input channels first: sums over 2x2 boxes of the mirrored 3x3
+        sums = F.avg_pool2d(self.conv.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+        return sums.transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C,2H,2W)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if self.conv is None:
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.conv_transpose2d(x, self.weight(), self.conv.bias, stride=2, padding=1)
 
 
 class Middle(nn.Sequential):
     """ResBlock, attention (optional), ResBlock at the lowest resolution."""
 
-    def __init__(self, channels: int, attention: bool, dropout: float):
-        attend = [Attention(channels)] if attention else []
-        super().__init__(ResBlock(channels, channels, dropout), *attend, ResBlock(channels, channels, dropout))
+    def __init__(self, channels: int, attention: bool, dropout: float = 0.0, groups: int = 32,
+                 attention_kind: str = "softmax"):
+        attend = [ATTENTION[attention_kind](channels, groups)] if attention else []
+        res = partial(ResBlock, channels, channels, dropout, groups)
+        super().__init__(res(), *attend, res())
 
 
 class Encoder(nn.Module):
@@ -88,58 +127,72 @@ class Encoder(nn.Module):
         patch: stride of the first convolution.
         attention: self-attention in the middle.
         attention_levels: levels (0 = highest resolution) whose blocks are followed by self-attention.
+        groups: of the group norms; fewer where these do not divide the channels.
+        conv_resample: a convolution does the halving, or else a mean over 2x2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int = 128, mult: tuple[int, ...] = (1, 2, 4, 4),
                  blocks: int = 2, patch: int = 1, attention: bool = True, attention_levels: tuple[int, ...] = (),
-                 dropout: float = 0.0):
+                 dropout: float = 0.0, groups: int = 32, conv_resample: bool = True,
+                 attention_kind: Literal["softmax", "linear"] = "softmax"):
         super().__init__()
         stem = dict(kernel_size=3, padding=1) if patch == 1 else dict(kernel_size=patch, stride=patch)
         self.conv_in = nn.Conv2d(in_channels, width, **stem)
         levels, channels = [], width
         for level, m in enumerate(mult):
-            layers = [Downsample(channels)] if level else []
+            layers = [Downsample(channels, conv_resample)] if level else []
             for _ in range(blocks):
-                layers.append(ResBlock(channels, width * m, dropout))
+                layers.append(ResBlock(channels, width * m, dropout, groups))
                 channels = width * m
-                layers += [Attention(channels)] if level in attention_levels else []
+                layers += [ATTENTION[attention_kind](channels, groups)] if level in attention_levels else []
             levels.append(nn.Sequential(*layers))
         self.levels = nn.Sequential(*levels)
-        self.middle = Middle(channels, attention, dropout)
-        self.norm_out, self.conv_out = norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.middle = Middle(channels, attention, dropout, groups, attention_kind)
+        self.norm_out, self.conv_out = norm(channels, groups), nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.middle(self.levels(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(activated(self.norm_out, h))
 
 
 class Decoder(nn.Module):
-    """Features (B, in_channels, h, w) -> pictures (B, out_channels, h*f, w*f): the encoder's mirror, one block more a level."""
+    """Features (B, in_channels, h, w) -> pictures (B, out_channels, h*f, w*f): the encoder's mirror, one block more a level.
+
+    Args:
+        tanh: bounds the pictures to (-1, 1).
+        head: without it the last features (B, width * mult[0], h*f, w*f) are given.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, width: int = 128, mult: tuple[int, ...] = (1, 2, 4, 4),
                  blocks: int = 2, patch: int = 1, attention: bool = True, attention_levels: tuple[int, ...] = (),
-                 dropout: float = 0.0):
+                 dropout: float = 0.0, groups: int = 32, conv_resample: bool = True,
+                 attention_kind: Literal["softmax", "linear"] = "softmax", tanh: bool = False, head: bool = True):
         super().__init__()
         channels = width * mult[-1]
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.middle = Middle(channels, attention, dropout)
+        self.middle = Middle(channels, attention, dropout, groups, attention_kind)
         levels = []
         for level, m in reversed(list(enumerate(mult))):
             layers = []
             for _ in range(blocks + 1):
-                layers.append(ResBlock(channels, width * m, dropout))
+                layers.append(ResBlock(channels, width * m, dropout, groups))
                 channels = width * m
-                layers += [Attention(channels)] if level in attention_levels else []
-            layers += [Upsample(channels)] if level else []
+                layers += [ATTENTION[attention_kind](channels, groups)] if level in attention_levels else []
+            layers += [Upsample(channels, conv_resample)] if level else []
             levels.append(nn.Sequential(*layers))
         self.levels = nn.Sequential(*levels)
-        self.norm_out = norm(channels)
+        self.norm_out = norm(channels, groups)
         self.conv_out = nn.Conv2d(channels, out_channels * patch**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(patch)
+        self.tanh, self.head = tanh, head
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.levels(self.middle(self.conv_in(z)))
-        return self.shuffle(self.conv_out(F.silu(self.norm_out(h))))
+        return self.finished(self.conv_out(activated(self.norm_out, h))) if self.head else h
+
+    def finished(self, h: Tensor) -> Tensor:  # what conv_out gave -> pictures
+        x = self.shuffle(h)
+        return x.tanh() if self.tanh else x
 
     @property
     def last_layer(self) -> Tensor:

@@ -52,6 +52,7 @@ class Bundle(nn.Module):
         self.config, self.about = config, about or {}
         self.sampling = DEFAULTS | {key: value for key, value in (sampling or {}).items() if value is not None}
         self._checked = self._warned = False
+        self._channels_last()
 
     @classmethod
     def from_config(cls, config: Mapping, *, sampling: dict | None = None, about: dict | None = None,
@@ -83,9 +84,14 @@ class Bundle(nn.Module):
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
-        if self.denoiser is not None:
-            self.denoiser.to(memory_format=torch.channels_last)
+        self._channels_last()
         return self
+
+    def _channels_last(self) -> None:
+        """Convolutions are faster so without gradients; with them it depends, so that training an autoencoder does without."""
+        for part in (self.autoencoder, self.denoiser):
+            if part is not None:
+                part.to(memory_format=torch.channels_last)
 
     @property
     def device(self) -> torch.device:
@@ -100,12 +106,19 @@ class Bundle(nn.Module):
         if self.config is None:
             raise UserError("this model was put together by hand: give Bundle(..., config=...) what it is built from")
         return plain({
-            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self.config,
+            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self._resolved(),
             "sampling": self.sampling if self.denoiser is not None else None, "versions": versions(),
             "autoencoder_hash": self.autoencoder.content_hash(),
             "encoder_hash": self.about.get("encoder_hash") or getattr(self.conditioner, "encoder_hash", None),
             "data": self.about.get("data"),
         })  # fmt: skip
+
+    def _resolved(self) -> dict:
+        """The config, in which an autoencoder that came from a file (one with a ``block``) is built anew without it."""
+        config, block = plain(self.config), getattr(self.autoencoder, "block", None)
+        if block is not None:
+            (config if config.get("autoencoder") else config["model"]["params"])["autoencoder"] = block
+        return config
 
     def save(self, path: str | Path) -> None:
         """Write a .safetensors or a .ckpt (torch.save of tensors and plain data), whole or not at all."""
@@ -127,7 +140,7 @@ class Bundle(nn.Module):
                  sampler: str | Callable | None = None, guidance: float | None = None, seed: int = 0,
                  size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
                  times: str | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
-                 batch_size: int | None = None, indices: Sequence[int] | None = None) -> Tensor:
+                 batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
         Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
@@ -143,6 +156,7 @@ class Bundle(nn.Module):
             negative_prompt: what guidance leads away from, one text or one for each picture; None: the empty condition.
             batch_size: pictures at a time; None: all.
             indices: numbers of the pictures; None: 0, 1, 2 ...
+            tile: side in pixels of the tiles that the autoencoder decodes by, with less memory; None: at once.
 
         Raises:
             UserError: for all that cannot be, such as a size that does not divide, or a text encoder that is another.
@@ -171,7 +185,7 @@ class Bundle(nn.Module):
                 z = sampler(self._guided(part, negative and negative[rows], guidance), x.to(self.device), times,
                             self.denoiser.process, callback=callback,
                             noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
-                pictures.append(self._decode(z))
+                pictures.append(self._decode(z, tile))
         return torch.cat(pictures)
 
     def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: float) -> Denoise:
@@ -192,10 +206,9 @@ class Bundle(nn.Module):
 
         return in_precision
 
-    def _decode(self, z: Tensor) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
+    def _decode(self, z: Tensor, tile: int | None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
         rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))
-        with torch.autocast(z.device.type, enabled=False):
-            return torch.cat([self.autoencoder.decode(part) for part in z.split(rows)]).clamp(-1, 1)
+        return torch.cat([self.autoencoder.decode(part, tile) for part in z.split(rows)]).clamp(-1, 1)
 
     def _times(self, times: str | Tensor | None, steps: int | None) -> Tensor:
         if isinstance(times, Tensor):

@@ -44,7 +44,7 @@ def test_what_a_state_dict_brings_is_made_without_memory_and_all_else_for_real(m
     bundle = Bundle.from_config(config)
     assert all(p.is_meta for p in bundle.denoiser.parameters())
     assert not bundle.denoiser.process.alpha_bar.is_meta  # a table, not a weight
-    assert not bundle.conditioner.anchor.is_meta and not bundle.autoencoder.bottleneck._recent.is_meta
+    assert not bundle.conditioner.anchor.is_meta
     assert filled(config).generate(PROMPTS[:2], steps=3).isfinite().all()
 
 
@@ -199,6 +199,34 @@ def test_half_precision_is_close(bundle, tmp_path):
     assert half.autoencoder.content_hash() == bundle.autoencoder.content_hash()
     made, exact = half.generate(PROMPTS), bundle.generate(PROMPTS)
     assert made.dtype == torch.float32 and 0 < (made - exact).abs().mean() < 0.05
+
+
+def test_decoded_by_tiles(bundle):
+    size = dict(size=(96, 160), steps=1, guidance=1.0)
+    at_once = bundle.generate(PROMPTS[:2], **size)
+    seen = []
+    handle = bundle.autoencoder.decoder.levels[-1][0].register_forward_hook(lambda *_: seen.append(1))
+    try:
+        tiled = bundle.generate(PROMPTS[:2], tile=64, **size)
+    finally:
+        handle.remove()
+    assert not seen and (tiled - at_once).abs().mean() < 1e-5  # the layers were not called on whole maps
+
+
+def test_an_autoencoder_in_half_precision(bundle):
+    half = copy.deepcopy(bundle)
+    half.autoencoder.to(torch.bfloat16)
+    options = dict(seed=5, steps=1, guidance=1.0)
+    pictures, exact = half.generate(PROMPTS, **options), bundle.generate(PROMPTS, **options)
+    assert pictures.dtype is torch.float32 and 0 < (pictures - exact).abs().mean() < 0.02
+    assert (half.generate(PROMPTS[:1], tile=64, **options) - pictures[:1]).abs().mean() < 0.02
+
+
+def test_convolutions_of_a_loaded_model_are_channels_last(bundle, tmp_path):
+    bundle.save(tmp_path / "model.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    for weight in (loaded.autoencoder.decoder.levels[0][0].conv1.weight, loaded.denoiser.network.conv_in.weight):
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_without_a_conditioner(model_config):

@@ -31,6 +31,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="YAML", help="config to compare with the one in the checkpoint")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 ...; default: cuda where it is")
     parser.add_argument("--precision", choices=PRECISIONS, help="of conditioner and network; default: as saved")
+    parser.add_argument("--autoencoder-precision", choices=PRECISIONS,
+                        help="default: as saved, whatever --precision says; some autoencoders overflow in half")
     parser.add_argument("--no-ema", action="store_true", help="the raw weights, not the averaged ones")
     parser.add_argument("--trust", action="store_true", help="run code that the checkpoint's config names")
 
@@ -65,6 +67,8 @@ def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
     device, began = pick_device(args.device), time.perf_counter()
     dtype = getattr(torch, PRECISIONS[args.precision]) if args.precision in PRECISIONS else None
     bundle = load(args.ckpt, args.config, ema=not args.no_ema, device=device, dtype=dtype, trust=args.trust)
+    if args.autoencoder_precision in PRECISIONS:
+        bundle.autoencoder.to(getattr(torch, PRECISIONS[args.autoencoder_precision]))
     if draws and bundle.denoiser is None:
         raise UserError(f"{args.ckpt}: holds an autoencoder alone; that of a diffusion model (stage 2) is needed")
     log.info("%s: loaded in %.1f s, on %s", args.ckpt, time.perf_counter() - began, device)
@@ -94,10 +98,12 @@ def enough_memory():
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError("the device's memory is full; try a smaller --batch-size or size, --precision bf16, or "
-                        "--device cpu") from error
+        raise UserError("the device's memory is full; try a smaller --batch-size or size, --precision bf16, --tile 256 "
+                        "(txt2img, reconstruct), or --device cpu") from error
 
 
-def precision_name(bundle: Bundle) -> str:
-    kind = str(next(bundle.denoiser.parameters()).dtype).removeprefix("torch.")
+def precision_name(bundle: Bundle, part: str = "denoiser") -> str:
+    """Of the part's weights, as --precision spells it."""
+    module = getattr(bundle, part)
+    kind = str(module.dtype if part == "autoencoder" else next(module.parameters()).dtype).removeprefix("torch.")
     return {full: short for short, full in PRECISIONS.items()}.get(kind, kind)

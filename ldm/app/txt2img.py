@@ -45,6 +45,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=1, metavar="B",
                         help="pictures at a time (1: each is the same to the last bit, whatever else is drawn; more: "
                              "faster, and the same up to rounding)")
+    parser.add_argument("--tile", type=positive, metavar="PIXELS",
+                        help="decode large pictures by tiles of that side, with less memory (256); default: at once")
     parser.add_argument("--no-metadata", action="store_true", help="keep prompts and settings out of the files")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
@@ -66,14 +68,17 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.outdir)
     files = [folder / f"{i:05d}.png" for i in range(len(order.prompts) * order.samples)]
     check_free([*files, folder / SHEET] if len(files) > 1 else files, args.overwrite)
-    if args.from_image and args.precision is None:
-        args.precision = png.read(args.from_image).get("precision")
+    if args.from_image:
+        old = png.read(args.from_image)
+        for name in ("precision", "autoencoder_precision", "tile"):
+            if getattr(args, name) is None:
+                setattr(args, name, old.get(name))
     bundle = load_model(args)
-    facts = facts_of(bundle, args.batch_size)
+    facts = facts_of(bundle, args.batch_size, args.tile)
     if args.from_image:
         warn_of_differences(args.from_image, facts)
     with enough_memory():
-        draw(bundle, order, files, args.batch_size, None if args.no_metadata else facts)
+        draw(bundle, order, files, args.batch_size, args.tile, None if args.no_metadata else facts)
     print(f"{len(files)} picture{'s' * (len(files) > 1)} in {folder}")
     if len(files) > 1:
         print(f"{'all' if len(files) <= SHOWN else f'the first {SHOWN}'} on {folder / SHEET}")
@@ -123,11 +128,12 @@ def check_free(files: list[Path], overwrite: bool) -> None:
         raise UserError(f"{taken[0]}: is there already{more}; give another --outdir, or --overwrite to replace it")
 
 
-def facts_of(bundle: Bundle, batch_size: int) -> dict:
+def facts_of(bundle: Bundle, batch_size: int, tile: int | None) -> dict:
     """What the pixels depend on beside the order."""
     from ldm.bundle import versions
 
-    return {"model": bundle.content_hash(), "precision": precision_name(bundle), "batch_size": batch_size,
+    return {"model": bundle.content_hash(), "precision": precision_name(bundle),
+            "autoencoder_precision": precision_name(bundle, "autoencoder"), "batch_size": batch_size, "tile": tile,
             "versions": versions()}  # fmt: skip
 
 
@@ -139,7 +145,7 @@ def warn_of_differences(image: str, facts: dict) -> None:
             log.warning("%s was made with %s %s, now it is %s: the picture may differ", image, key, old[key], value)
 
 
-def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, facts: dict | None) -> None:
+def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile: int | None, facts: dict | None) -> None:
     """Writes the pictures, each file as soon as it is drawn, and a sheet of them all. facts: goes into the files."""
     import torch
     from tqdm import tqdm
@@ -156,7 +162,8 @@ def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, facts
     with tqdm(total=len(batches) * chosen["steps"], desc="drawing", unit="step", disable=None) as bar:
         for batch in batches:
             pictures = bundle.generate([prompts[i] for i in batch], seed=order.seed, indices=batch, size=order.size,
-                                       negative_prompt=order.negative, callback=lambda *_: bar.update(), **chosen)
+                                       negative_prompt=order.negative, callback=lambda *_: bar.update(), tile=tile,
+                                       **chosen)
             for i, picture in zip(batch, pictures.cpu(), strict=True):
                 own = {"prompt": prompts[i], "seed": order.seed + i, **about}
                 png.write(files[i], to_image(picture), own if facts else None)

@@ -72,8 +72,8 @@ def test_numbers_seeds_and_metadata(ckpt, bundle, tmp_path, capsys):
         about = png.read(tmp_path / f"{i:05d}.png")
         assert about == {
             "prompt": prompt, "seed": 5 + i, "negative_prompt": "green", "sampler": "ddpm", "steps": 3, "scale": 1.5,
-            "times": "linear", "size": [32, 32], "batch_size": 1, "precision": "fp32", "model": bundle.content_hash(),
-            "versions": versions(),
+            "times": "linear", "size": [32, 32], "batch_size": 1, "precision": "fp32", "autoencoder_precision": "fp32",
+            "tile": None, "model": bundle.content_hash(), "versions": versions(),
         }  # fmt: skip
     assert png.read(tmp_path / "sheet.png")["prompts"] == prompts
 
@@ -128,6 +128,20 @@ def test_half_precision(ckpt, tmp_path):
     assert torch.equal(again, pixels(tmp_path))
 
 
+def test_tiles_and_the_autoencoders_own_precision(ckpt, tmp_path):
+    options = ["--prompt", "red", "--steps", "1", "--height", "96", "--width", "96"]
+    plain = draw(ckpt, tmp_path / "plain", *options)
+    tiled = draw(ckpt, tmp_path / "tiled", *options, "--tile", "64")
+    half = draw(ckpt, tmp_path / "half", *options, "--autoencoder-precision", "bf16")
+    assert (tiled.int() - plain.int()).abs().max() <= 1 and 0 < (half.int() - plain.int()).abs().float().mean() < 3
+    found = {name: png.read(tmp_path / name / "00000.png") for name in ("plain", "tiled", "half")}
+    assert [found[name]["tile"] for name in found] == [None, 64, None]
+    assert [found[name]["autoencoder_precision"] for name in found] == ["fp32", "fp32", "bf16"]
+    assert {about["precision"] for about in found.values()} == {"fp32"}
+    again = draw(ckpt, tmp_path / "again", "--from-image", str(tmp_path / "half" / "00000.png"))
+    assert torch.equal(again, half)
+
+
 # Other commands.
 
 
@@ -153,22 +167,6 @@ def test_evaluate_adherence(ckpt, tmp_path, capsys):
     assert "held-out pair" in capsys.readouterr().out
     table = json.loads(out.read_text())
     assert table["adherence"]["two objects"]["captions"] == 2 and table["steps"] == 1
-
-
-def test_reconstruct(ckpt, bundle, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    for name in ("b", "a"):
-        Image.linear_gradient("L").convert("RGB").save(tmp_path / "in" / f"{name}.png")
-    command = ["reconstruct", "--ckpt", ckpt, "--images", str(tmp_path / "in"), "--outdir", str(tmp_path / "out")]
-    assert main(command) == 0
-    assert "a.png: " in capsys.readouterr().out
-    pairs = pixels(tmp_path / "out")
-    assert pairs.shape == (2, 3, 32, 64)
-    x = pairs[:1, :, :, :32] / 127.5 - 1
-    with torch.no_grad():
-        y = bundle.autoencoder.decode(bundle.autoencoder.encode(x)).clamp(-1, 1)
-    assert torch.equal(pairs[:1, :, :, 32:], ((y + 1) * 127.5).round().to(torch.uint8))
-    assert "already" in fails(capsys, *command)
 
 
 def test_data_check(model_config, tmp_path, capsys):
@@ -231,12 +229,6 @@ def test_an_autoencoder_alone_is_refused(bundle, model_config, tmp_path, capsys)
     Bundle(bundle.autoencoder, config=config).save(tmp_path / "ae.ckpt")
     for command in (["txt2img", "--prompt", "a", "--outdir", str(tmp_path / "out")], ["evaluate", "adherence"]):
         assert "ae.ckpt: holds an autoencoder alone" in fails(capsys, *command, "--ckpt", str(tmp_path / "ae.ckpt"))
-    Image.new("RGB", (21, 30)).save(tmp_path / "a.png")
-    command = ["reconstruct", "--ckpt", str(tmp_path / "ae.ckpt"), "--images", str(tmp_path / "a.png")]
-    assert main([*command, "--outdir", str(tmp_path / "out")]) == 0
-    assert pixels(tmp_path / "out").shape == (1, 3, 20, 40)
-    capsys.readouterr()
-    assert "take 28 or 32" in fails(capsys, *command, "--size", "30", "--outdir", str(tmp_path / "other"))
 
 
 def test_a_wrong_text_encoder_writes_nothing(ckpt, bundle, tmp_path, capsys):

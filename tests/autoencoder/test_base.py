@@ -125,3 +125,48 @@ def test_a_kind_without_its_parts_says_so():
         bare.encode(torch.zeros(1, 3, 8, 8))
     with pytest.raises(NotImplementedError, match="Autoencoder has to implement decode_raw"):
         bare.decode(torch.zeros(1, 4, 1, 1))
+
+
+class Wild(Autoencoder):
+    """Features of some 1e5, as published autoencoders have them somewhere inside: too large for fp16."""
+
+    def __init__(self):
+        super().__init__(3, 3, 1)
+        self.up, self.down = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        with torch.no_grad():
+            for layer, gain in ((self.up, 1e5), (self.down, 1e-5)):
+                layer.weight.copy_(gain * torch.eye(3).view(3, 3, 1, 1))
+                layer.bias.zero_()
+
+    def moments(self, x: Tensor):
+        return self.down(self.up(x)), None
+
+    def decode_raw(self, z: Tensor):
+        return self.down(self.up(z))
+
+
+def test_weights_in_float32_are_used_in_float32_whatever_is_around():
+    model, x = Wild(), torch.tensor([1.0, -0.7, 0.3]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert not model.decode_raw(x).isfinite().all()  # so it would go
+        for done in (model.encode(x), model.decode(x), model.posterior(x.half())[0], model.decode(x.bfloat16())):
+            assert done.dtype is torch.float32 and torch.allclose(done, x, atol=4e-3)
+        assert torch.allclose(model.decode(model.encode(x)), x, atol=1e-6)
+
+
+def test_weights_in_half_precision_keep_exact_statistics_and_give_float32(pictures):
+    model = measured(Pooled(noisy=True), pictures)
+    exact = model.scale.clone()
+    z, std = model.posterior(pictures)
+    model.to(torch.bfloat16)
+    assert model.dtype is model.gain.dtype is torch.bfloat16 and model.shift.dtype is torch.float32
+    assert torch.equal(model.scale, exact) and torch.equal(model.spec.scale, exact)
+    for done, before in zip((*model.posterior(pictures), model.decode(z)), (z, std, pictures), strict=True):
+        assert done.dtype is torch.float32 and 0 < (done - before).abs().max() < 0.05
+    assert model.double().decode(z.double()).dtype is torch.float64
+    assert torch.equal(model.float().scale, exact) and model.decode(z).dtype is torch.float32
+
+
+def test_statistics_go_with_the_module():
+    assert Pooled().to("meta").shift.is_meta and Pooled().to("meta", torch.bfloat16).scale.is_meta
+    assert Pooled().to("meta").to_empty(device="cpu").shift.device.type == "cpu"
