@@ -1,4 +1,4 @@
-"""Figures of a model."""
+"""Figures of a model: how well it obeys its captions, and what its autoencoder keeps of pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ldm.app import evaluate_autoencoder
 from ldm.app.models import (
     enough_memory,
     load_model,
@@ -25,8 +26,24 @@ SUMMARY = "Measure a model."
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    about = "adherence: draw captions of the drawn shapes that training never saw, and read the pictures"
-    parser.add_argument("metric", choices=("adherence",), help=about)
+    metrics = parser.add_subparsers(metavar="METRIC", required=True)
+    for name, fill, measure, about in (
+        ("adherence", adherence_arguments, adherence, "draw captions of the drawn shapes that training never saw, and read "
+                                                      "the pictures"),
+        ("autoencoder", evaluate_autoencoder.arguments, evaluate_autoencoder.run,
+         "PSNR, SSIM, LPIPS, Fréchet distance, rate, latent statistics and speed of reconstructions"),
+    ):  # fmt: skip
+        metric = metrics.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+        metric.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
+        fill(metric)
+        metric.set_defaults(measure=measure)
+
+
+def run(args: argparse.Namespace) -> None:
+    args.measure(args)
+
+
+def adherence_arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     sampling_arguments(parser)
     parser.add_argument("--n", type=positive, default=256, help="captions, half with one object, half with two (256)")
@@ -36,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="JSON", help="write the table to this file too")
 
 
-def run(args: argparse.Namespace) -> None:
+def adherence(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from ldm.metrics import adherence

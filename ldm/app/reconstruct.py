@@ -1,26 +1,57 @@
-"""Pictures through an autoencoder and back, beside the originals."""
+"""Pictures through an autoencoder and back, beside the originals, with what was lost in figures."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm.app import png
-from ldm.app.models import enough_memory, load_model, model_arguments, positive
-from ldm.app.txt2img import SHEET, check_free
-from ldm.common.files import UserError
+from ldm.app.judging import (
+    AMPLIFIED,
+    batched,
+    check_source,
+    find_lpips,
+    fitted,
+    list_pictures,
+    load_autoencoder,
+    lpips_arguments,
+    panel,
+    readable,
+    trained_on,
+)
+from ldm.app.models import enough_memory, model_arguments, positive, precision_name
+from ldm.app.txt2img import SHEET, SHOWN, check_free
+from ldm.common.files import UserError, atomic_write
 
-SUMMARY = "Encode and decode pictures; writes each original beside its reconstruction."
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from autoencoder.base import Autoencoder
+    from ldm.bundle import Bundle
+
+SUMMARY = "Encode and decode pictures; writes each beside its reconstruction, and what was lost."
+FIGURES, MOST = "metrics.json", 256  # pixels, the largest side of a picture on the sheet
+COLUMNS = {"psnr": "PSNR {:.2f} dB", "ssim": "SSIM {:.4f}", "lpips": "LPIPS {:.4f}"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     model_arguments(parser)
     parser.add_argument("--images", required=True, metavar="DIR", help="a folder of images, or one image")
-    parser.add_argument("--outdir", required=True, metavar="D", help="folder for 00000.png, 00001.png ... and a sheet")
-    parser.add_argument("--size", type=positive, help="side that images get; default: as trained, or the first's own")
+    parser.add_argument("--outdir", required=True, metavar="D",
+                        help=f"folder for 00000.png, 00001.png ... (original, reconstruction, {AMPLIFIED} times their "
+                             f"difference), {FIGURES} and a sheet")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--size", type=positive, metavar="PIXELS",
+                      help="take the centred square, at this side; default: as trained, or else --whole")
+    size.add_argument("--whole", action="store_true", help="take images as they are, at their own size and shape")
     parser.add_argument("--n", type=positive, default=16, help="images at most, in the order of their names (16)")
+    parser.add_argument("--tile", type=positive, metavar="PIXELS",
+                        help="work in tiles of this side: bounds the memory that large images take")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="B", help="images of one size at a time (1)")
+    lpips_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
 
@@ -28,54 +59,100 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ldm.callbacks.sheet import sheet, to_image
-    from ldm.data.folder import list_files
-    from ldm.data.transforms import prepare
+    from ldm.metrics.reconstruction import compare
 
     source, folder = Path(args.images), Path(args.outdir)
-    paths = [source] if source.is_file() else [source / name for name in list_files(source)[0]]
-    paths = paths[: args.n]
-    files = [folder / f"{i:05d}.png" for i in range(len(paths))]
-    check_free([*files, folder / SHEET], args.overwrite)
-    autoencoder = load_model(args, draws=False).autoencoder
-    size = args.size or trained_size(args.ckpt) or own_size(paths[0], autoencoder.factor)
-    pairs, captions = [], []
-    for path, file in zip(paths, files, strict=True):
-        with named(path):
-            x = prepare(path.read_bytes(), size, autoencoder.image_channels)[None]
+    check_source(source)
+    check_free([folder / SHEET, folder / FIGURES], args.overwrite)
+    bundle = load_autoencoder(args)
+    autoencoder, weights, broken = bundle.autoencoder, bundle.autoencoder.content_hash(), {}
+    paths = list_pictures(source, autoencoder.image_channels)[: args.n]
+    files = {path: folder / f"{i:05d}.png" for i, path in enumerate(paths)}
+    check_free(list(files.values()), args.overwrite)
+    lpips, unmeasured = find_lpips(args, autoencoder.image_channels)
+    through = reconstructor(autoencoder, args.tile)
+    rows, shown = [], []
+    for names, x in batched(readable(paths, reader(args, bundle), broken), args.batch_size):
         with torch.no_grad(), enough_memory():
-            y = autoencoder.decode(autoencoder.encode(x.to(autoencoder.shift.device))).clamp(-1, 1).cpu()
-        psnr = float(10 * torch.log10(4 / (x - y).square().mean().clamp(min=1e-10)))
-        pairs.append(torch.cat([x, y], dim=3)[0])
-        captions.append(f"{path.name}: {psnr:.1f} dB")
-        png.write(file, to_image(pairs[-1]), {"image": path.name, "psnr": psnr, "size": [size, size]})
-        print(captions[-1])
-    png.write(folder / SHEET, sheet(torch.stack(pairs), captions), {"images": [path.name for path in paths]})
-    print(f"{len(files)} pairs in {folder}, all on {folder / SHEET}")
+            y = through(x.to(bundle.device)).clamp(-1, 1).cpu()
+            found = compare(x, y, lpips)
+        for i, path in enumerate(names):
+            own = {name: values[i].item() for name, values in found.items()}
+            rows.append({"image": str(path), "size": list(x.shape[2:]), **own})
+            print(line(path.name, own), flush=True)
+            picture = panel(x[i], y[i])
+            png.write(files[path], to_image(picture), {**rows[-1], "weights": weights})
+            if len(shown) < SHOWN:
+                shown.append(panel(*fitted([x[i], y[i]], MOST)))
+    if not rows:
+        raise UserError(f"{args.images}: none of {len(paths)} pictures can be read; the first: {next(iter(broken.values()))}")
+    total = mean(rows)
+    about = {"mean": total, "pictures": rows, "not_measured": {"lpips": unmeasured} if unmeasured else {}, "broken": broken,
+             "weights": weights, "precision": precision_name(bundle, "autoencoder"), "tile": args.tile}  # fmt: skip
+    with atomic_write(folder / FIGURES) as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n")
+    captions = [line(Path(row["image"]).name, row) for row in rows[:SHOWN]]
+    png.write(folder / SHEET, sheet(fitted(shown, 3 * MOST), captions), {"mean": total, "weights": weights})
+    print(line(f"mean of {len(rows)}", total))
+    if unmeasured:
+        print(f"LPIPS not measured: {unmeasured}")
+    print(f"{len(rows)} pictures in {folder}, with {FIGURES} and {SHEET}")
 
 
-@contextmanager
-def named(path: Path) -> Iterator[None]:
-    """A broken picture is told with its name."""
-    from ldm.data.transforms import BrokenImage
+def reader(args: argparse.Namespace, bundle: Bundle) -> Callable[[Path], Tensor]:
+    """-> path -> (C,H,W): the centred square of --size or as trained, or else the whole picture."""
+    from ldm.data.transforms import prepare
 
-    try:
-        yield
-    except BrokenImage as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def own_size(path: Path, factor: int) -> int:
-    """The smaller side of a picture, as far as the autoencoder divides it."""
-    from ldm.data.transforms import decode
-
-    with named(path):
-        return max(factor, min(decode(path.read_bytes()).size) // factor * factor)
+    trained, channels = trained_on(bundle), bundle.autoencoder.image_channels
+    size = None if args.whole else args.size or trained["size"]
+    if size is None:
+        return lambda path: whole(path.read_bytes(), channels, trained["value_range"])
+    factor = bundle.autoencoder.factor
+    if size % factor:
+        low = size // factor * factor
+        near = " or ".join(str(side) for side in (low, low + factor) if side)
+        raise UserError(f"--size {size}: no multiple of the autoencoder's factor {factor}; take {near}")
+    return lambda path: prepare(path.read_bytes(), size, channels, trained["value_range"])
 
 
-def trained_size(checkpoint: str) -> int | None:
-    from ldm.load import read
+def whole(data: bytes, channels: int, value_range: Sequence[float] | None) -> Tensor:  # -> (C,H,W) in [-1,1]
+    """An image file as it is, neither cut nor resized. Raises BrokenImage."""
+    import numpy as np
+    import torch
 
-    about = read(checkpoint).about
-    size = (about.get("sampling") or {}).get("size")
-    train = ((about["config"].get("data") or {}).get("train") or {}).get("params") or {}
-    return size[0] if size else train.get("size")
+    from ldm.data.transforms import to_tensor, unpack
+
+    bands = unpack(data, channels, value_range)
+    if bands[0].mode == "F":
+        return torch.from_numpy(np.stack([np.asarray(band) for band in bands]))
+    return to_tensor(bands[0].convert("L") if channels == 1 else bands[0])
+
+
+def reconstructor(autoencoder: Autoencoder, tile: int | None) -> Callable[[Tensor], Tensor]:
+    """-> pictures (B,C,H,W) of any sides -> what the autoencoder makes of them. Sides are filled up to its factor with the
+    last row and column, which are cut off again."""
+    from torch.nn.functional import pad
+
+    def through(x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        filled = pad(x, (0, -width % autoencoder.factor, 0, -height % autoencoder.factor), mode="replicate")
+        return autoencoder.decode(autoencoder.encode(filled, tile=tile), tile=tile)[:, :, :height, :width]
+
+    return through
+
+
+def mean(rows: list[dict]) -> dict[str, float]:
+    """Of each figure over the pictures that have it, and the PSNR of the mean squared error."""
+    import torch
+
+    from ldm.metrics.pictures import psnr
+
+    found = {}
+    for name in ("mse", *COLUMNS):
+        values = [row[name] for row in rows if name in row]
+        found |= {name: sum(values) / len(values)} if values else {}
+    return found | {"psnr_of_mean_error": psnr(torch.tensor(found["mse"])).item()}
+
+
+def line(name: str, figures: dict[str, float]) -> str:
+    return f"{name}: {', '.join(text.format(figures[key]) for key, text in COLUMNS.items() if key in figures)}"
