@@ -1,7 +1,7 @@
 """`python -m ldm COMMAND`: everything but training.
 
-Commands are modules of ldm.app with SUMMARY, arguments(parser) and run(args). None of them imports torch before its
-arguments are understood, so that help and mistakes are answered at once.
+Commands are modules of ldm.app with SUMMARY, arguments(parser) and run(args) -> exit status or None. None of them imports
+torch before its arguments are understood, so that help and mistakes are answered at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib import import_module
 from ldm.app import terminal
 from ldm.common.files import UserError, nearest
 
-COMMANDS = ("txt2img", "reconstruct", "evaluate", "data", "info")
+COMMANDS = ("txt2img", "reconstruct", "evaluate", "check-autoencoder", "compare-autoencoders", "data", "info")
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,7 +39,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m ldm", description="Latent diffusion: use what main.py has trained.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = import_module(f"ldm.app.{name}")
+        module = import_module(f"ldm.app.{name.replace('-', '_')}")
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         command.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
         module.arguments(command)
@@ -48,7 +48,8 @@ def make_parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> exit status: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    """-> exit status: 0, what a command says itself (1: a check that failed), 2 for a mistake in what was given, 130 when
+    interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"; nearest: {near}" if near else ""
             raise UserError(f"no command {arguments[0]!r}{hint}; there are {', '.join(COMMANDS)}")
         args = make_parser().parse_args(arguments)
-        args.run(args)
+        return args.run(args) or 0
     except BrokenPipeError:  # `info ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:  # ValueError: what people gave; OSError: no space, no permission

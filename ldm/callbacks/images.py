@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Panel:
     """What one sheet shows."""
 
-    pictures: Tensor  # (N,3,H,W) in [-1,1]
+    pictures: Tensor  # (N,C,H,W) in [-1,1]
     captions: Sequence[str]
     columns: int | None = None
     about: dict = field(default_factory=dict)  # goes into the PNG
@@ -34,7 +34,7 @@ class Viewer(Protocol):
 
 
 def reconstructions(originals: Tensor) -> Callable[[LightningModule], Panel]:
-    """(N,3,H,W) -> a panel of the originals above what the module makes of them."""
+    """(N,C,H,W) -> a panel of the originals above what the module makes of them."""
 
     def panel(module: LightningModule) -> Panel:
         made = module.reconstruct(originals.to(module.device)).float().cpu().clamp(-1, 1)

@@ -5,6 +5,7 @@
 """
 
 import importlib
+import os
 import pkgutil
 import sys
 import traceback
@@ -66,6 +67,8 @@ def _import(name: str) -> ModuleType:
         return importlib.import_module(name)
     except Exception as error:  # whatever a user's module does while it is imported: tell it as his, with his line
         if isinstance(error, ModuleNotFoundError) and error.name == name:
+            if _look_here():
+                return _import(name)
             packages = {module.name for module in pkgutil.iter_modules()}
             raise UserError(f"no package {name!r} is installed or on PYTHONPATH{near(name, packages)}") from error
         frames = traceback.extract_tb(error.__traceback__)
@@ -73,6 +76,17 @@ def _import(name: str) -> ModuleType:
         places = [f" ({frame.filename}:{frame.lineno})" for frame in theirs if not frame.filename.startswith("<frozen")]
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}{places[-1] if places else ''}"
         raise UserError(f"{name} fails to import: {reason}") from error
+
+
+def _look_here() -> bool:
+    """Has modules looked for in the current folder too, after all others: a program that is started by its path has its
+    own folder in that place. -> whether that is new."""
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        return False
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    return True
 
 
 def _has_submodule(found: Any, name: str) -> bool:

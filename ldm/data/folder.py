@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from PIL import Image
 
 from ldm.common.files import UserError, nearest
+from ldm.data.arrays import SUFFIXES
 from ldm.data.captions import Layout, find_captions
 from ldm.data.pictures import Pictures, Scan, Split
 
@@ -24,21 +24,22 @@ class ImageFolder(Pictures):
         root: str,
         size: int,
         captions: Layout = "auto",
-        channels: Literal[1, 3] = 3,
+        channels: int = 3,
         flip: bool = False,
         split: Split = "all",
         validation_share: float = 0.0,
         scan: Scan = "all",
         max_broken: float = 0.05,
         empty_ok: bool = False,
+        value_range: list[float] | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
-        images, others = list_files(self.root)
+        images, others = list_files(self.root, channels)
         found = find_captions(self.root, images, others, captions)
         super().__init__(
-            str(root), images, [found.of.get(key) for key in images], size=size, channels=channels, flip=flip,
-            split=split, validation_share=validation_share, scan=scan, max_broken=max_broken, empty_ok=empty_ok,
-            caption_source=found.source, notes=found.notes,
+            str(root), images, [found.of.get(key) for key in images], size=size, channels=channels,
+            value_range=value_range, flip=flip, split=split, validation_share=validation_share, scan=scan,
+            max_broken=max_broken, empty_ok=empty_ok, caption_source=found.source, notes=found.notes,
         )  # fmt: skip
 
     def read(self, entry: int) -> bytes:
@@ -48,12 +49,16 @@ class ImageFolder(Pictures):
         return (self.root / self._keys[entry]).stat().st_size
 
 
-def list_files(root: Path) -> tuple[list[str], list[str]]:
-    """-> paths of the images, and of all other files, relative to `root` with forward slashes, sorted."""
+def list_files(root: Path, channels: int = 3) -> tuple[list[str], list[str]]:
+    """-> paths of the images, and of all other files, relative to `root` with forward slashes, sorted.
+
+    Arrays (.npy, .npz) are images where there are no others, or none that have so many channels: beside pictures they
+    are usually something else about them, and stay among the other files.
+    """
     if not root.is_dir():
         raise UserError(no_folder(root))
-    suffixes = picture_suffixes()
-    images, others, seen = [], [], {os.path.realpath(root)}
+    found = {kind: [] for kind in ("picture", "array", "other")}
+    seen, suffixes = {os.path.realpath(root)}, picture_suffixes()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = [
             name for name in folders if not name.startswith(".") and _first_time(os.path.join(folder, name), seen)
@@ -61,10 +66,16 @@ def list_files(root: Path) -> tuple[list[str], list[str]]:
         for name in files:
             if not name.startswith("."):
                 path = Path(folder, name).relative_to(root).as_posix()
-                (images if Path(name).suffix.lower() in suffixes else others).append(path)
+                suffix = Path(name).suffix.lower()
+                found["picture" if suffix in suffixes else "array" if suffix in SUFFIXES else "other"].append(path)
+    taken = "picture" if found["picture"] and channels <= 4 else "array"
+    images = found.pop(taken)
+    others = [path for paths in found.values() for path in paths]
     if not images:
         tars = any(path.endswith(".tar") for path in others)
         hint = "; its .tar shards are read by ldm.data.webdataset.WebDataset" if tars else ""
+        if found.get("picture"):
+            hint = f"; pictures have 4 channels at most, channels: {channels} takes arrays ({', '.join(SUFFIXES)})"
         raise UserError(f"{root}: no image in this folder or below it, {len(others):,} other files{hint}")
     return sorted(images), sorted(others)
 

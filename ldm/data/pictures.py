@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ldm.common.files import UserError, digest
 from ldm.common.random import key_to_seed
-from ldm.data.transforms import VERSION, BrokenImage, decode, prepare
+from ldm.data.transforms import VERSION, BrokenImage, prepare, unpack
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ Scan = Literal["all", "sample"]
 SAMPLE = 1000  # pictures that scan="sample" looks at
 TRIES = 10  # pictures in a row that may turn out unreadable during training
 LISTED = 20  # names in a report
+KINDS = {1: "grey", 2: "grey and opacity", 3: "RGB", 4: "RGBA"}  # by the number of channels
 
 
 class Pictures(Dataset[dict]):
@@ -32,7 +34,10 @@ class Pictures(Dataset[dict]):
     scan: "all" decodes every image once before training, with threads; "sample" up to 1,000, evenly spread. Broken
         ones are left out and listed; more than the share `max_broken` of those looked at is an error. An image that
         turns out broken later is replaced by the next whole one, with a warning in the log.
-    channels: 3 RGB, 1 grey.
+    channels: 3 RGB, 1 grey, 4 RGBA, 2 grey and opacity, converted from one another; arrays (.npy, .npz) of shape (H,W),
+        (H,W,C) or (C,H,W) may have any number C, and have to have this one.
+    value_range: the numbers in the files that become -1 and 1, such as [0, 4095]. Without it integers are scaled by the
+        range of their type (8 bits: 0 to 255, 16 bits: 0 to 65,535), and fractions are taken to be in [-1, 1].
     flip: the data set is twice as long, its second half mirrored (keys end in "|mirrored").
     """
 
@@ -43,7 +48,8 @@ class Pictures(Dataset[dict]):
         captions: Sequence[str | None],
         *,
         size: int,
-        channels: Literal[1, 3],
+        channels: int,
+        value_range: Sequence[float] | None,
         flip: bool,
         split: Split,
         validation_share: float,
@@ -55,7 +61,12 @@ class Pictures(Dataset[dict]):
     ) -> None:
         if size < 1:
             raise UserError(f"size: {size} pixels; it takes a whole number from 1")
+        if channels < 1:
+            raise UserError(f"channels: {channels}; it takes 1 (grey), 3 (RGB), 4 (RGBA), or as many as arrays have")
+        if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
+            raise UserError(f"value_range: {list(value_range)}; it takes two numbers, the lower first, such as [0, 4095]")
         self.where, self.size, self.channels, self.flip, self.scan = where, size, channels, flip, scan
+        self.value_range = value_range
         self.caption_source, self.notes = caption_source, notes
         # packed strings: worker processes would copy a list's pages one by one as they count references
         self._keys = np.array(list(keys), dtype=np.dtypes.StringDType())
@@ -86,7 +97,7 @@ class Pictures(Dataset[dict]):
         for j in range(i, i + TRIES):
             entry, mirrored = self._locate(j % len(self))
             try:
-                image = prepare(self.read(entry), self.size, self.channels)
+                image = prepare(self.read(entry), self.size, self.channels, self.value_range)
             except (BrokenImage, OSError) as error:
                 log.warning(
                     "%s: %s cannot be read (%s); the next image takes its place", self.where, self._keys[entry], error
@@ -113,14 +124,17 @@ class Pictures(Dataset[dict]):
         for entry in self.kept:
             mark = self._hashes[entry].decode() if self.scan == "all" else str(self.weight(entry))
             contents.update(f"{self._keys[entry]}\0{self._captions[entry]}\0{mark}\0".encode())
-        return digest(contents.hexdigest(), self.size, self.channels, self.flip, VERSION)
+        # what came later is named where it is used: caches of all other data stay what they are
+        later = ["deep"] * bool(self._seen["deep"]) + [[float(x) for x in self.value_range or ()]] * bool(self.value_range)
+        return digest(contents.hexdigest(), self.size, self.channels, self.flip, VERSION, *later)
 
     def keep(self, wanted: Sequence[bool]) -> None:
         """Leaves out the images (not counting mirrored ones) whose place in `wanted` says False."""
         self.kept = self.kept[np.array(wanted, dtype=bool)]
 
     def report(self) -> str:
-        n, missing, kind = len(self.kept), self._missing(), "RGB" if self.channels == 3 else "grey"
+        n, missing = len(self.kept), self._missing()
+        kind = KINDS.get(self.channels, f"{self.channels} channels")
         found = f"{n - len(missing):,} captions, {len(missing):,} missing"
         lines = [f"{self.where}: {n:,} images{self._share}, {found}; {kind}, {self.size}x{self.size}"]
         if self.flip:
@@ -134,8 +148,10 @@ class Pictures(Dataset[dict]):
             lines.append(
                 f"broken images left out: {len(self.broken):,} of {self.scanned:,} looked at: {_some(listed, LISTED)}"
             )
-        if self.enlarged:
-            lines.append(f"{self.enlarged:,} images are smaller than {self.size} pixels and are enlarged")
+        if seen := self._seen["small"]:
+            lines.append(f"{seen:,} images are smaller than {self.size} pixels and are enlarged")
+        if seen := self._seen["deep"]:
+            lines.append(f"{seen:,} images have more than 8 bits a channel, or are arrays; all of it is used")
         return "\n".join([*lines, *self.notes])
 
     def _locate(self, i: int) -> tuple[int, bool]:  # entry, mirrored
@@ -167,15 +183,15 @@ class Pictures(Dataset[dict]):
         return kept
 
     def _scan(self, max_broken: float) -> None:
-        """Decodes images, leaves the broken ones out, and sets `broken` (key -> reason), `scanned`, `enlarged`."""
+        """Decodes images, leaves the broken ones out, and sets `broken` (key -> reason), `scanned`, and how many are what."""
         picked = self.kept if self.scan == "all" else self.kept[:: max(1, -(-len(self.kept) // SAMPLE))]
         log.info("%s: looking at %d images", self.where, len(picked))
-        reasons, self.enlarged, self.scanned = {}, 0, len(picked)
+        reasons, self._seen, self.scanned = {}, Counter(), len(picked)
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             for first in range(0, len(picked), 1024):  # in pieces: a million futures at once would be a gigabyte
                 piece = picked[first : first + 1024]
-                for entry, (reason, small) in zip(piece, pool.map(self._examine, piece), strict=True):
-                    self.enlarged += small
+                for entry, (reason, traits) in zip(piece, pool.map(self._examine, piece), strict=True):
+                    self._seen.update(traits)
                     if reason:
                         reasons[entry] = reason
         self.broken = {str(self._keys[entry]): reason for entry, reason in reasons.items()}
@@ -189,14 +205,15 @@ class Pictures(Dataset[dict]):
             )
         self.kept = self.kept[~np.isin(self.kept, list(reasons))]
 
-    def _examine(self, entry: int) -> tuple[str | None, bool]:  # why it is broken, whether it is smaller than `size`
+    def _examine(self, entry: int) -> tuple[str | None, list[str]]:
+        """-> why it is broken, and which of "small" (below `size`) and "deep" (more than 8 bits) it is."""
         try:
             data = self.read(entry)
-            small = min(decode(data, at_least=2 * self.size).size) < self.size
+            image = unpack(data, self.channels, self.value_range, at_least=2 * self.size)[0]
         except (BrokenImage, OSError) as error:
-            return str(error), False
+            return str(error), []
         self._hashes[entry] = hashlib.sha256(data).hexdigest()
-        return None, small
+        return None, ["small"] * (min(image.size) < self.size) + ["deep"] * (image.mode == "F")
 
 
 def fraction(*keys: int | str) -> float:

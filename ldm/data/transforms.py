@@ -1,68 +1,118 @@
-"""A file's bytes -> a square picture in [-1, 1]. The one place that knows how image files can be odd."""
+"""A file's bytes -> a square picture in [-1, 1]. The one place that knows how image files can be odd.
+
+What has eight bits is Pillow's; more bits, and arrays of numbers, are in arrays.py.
+"""
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-VERSION = 1  # part of every fingerprint: raise it when the pixels that come out change
-MAX_PIXELS = (
-    80_000_000  # a larger picture is refused before it is unpacked (decompression bombs); 80 MP is 240 MB of RGB
+from ldm.data.arrays import (
+    MAX_PIXELS,
+    BrokenImage,
+    fitted,
+    is_array,
+    is_deep,
+    needs_pictures,
+    read_array,
+    read_deep,
+    scaled,
 )
 
-
-class BrokenImage(ValueError):
-    """Bytes that do not make a picture; the message says why, not which file."""
+VERSION = 1  # part of every fingerprint: raise it when the pixels that come out change
 
 
-def prepare(data: bytes, size: int, channels: int = 3) -> Tensor:
-    """-> (C,size,size) float32 in [-1, 1] from an image file's bytes. Raises BrokenImage.
+def prepare(data: bytes, size: int, channels: int = 3, value_range: Sequence[float] | None = None) -> Tensor:
+    """-> (C,size,size) float32 in [-1, 1] from an image file's bytes, or those of an array. Raises BrokenImage.
 
-    The first frame, turned as EXIF says, transparency over white, colours as they stand (ICC profiles are not applied).
-    The largest centred square is taken and resized with LANCZOS when it shrinks, BICUBIC when it grows; at equal size
-    the pixels are untouched. `channels`: 3 RGB, 1 grey (ITU-R 601 luma).
+    The first frame, turned as EXIF says, colours as they stand (ICC profiles are not applied). The largest centred square
+    is taken and resized with LANCZOS when it shrinks, BICUBIC when it grows; at equal size the pixels are untouched.
+
+    Args:
+        channels: 3 RGB, 1 grey (ITU-R 601 luma), both over white where the picture is transparent; 4 RGBA, 2 grey and
+            opacity; arrays may have any number, and have to have this one.
+        value_range: the numbers in the file that become -1 and 1; None: see ``ldm.data.arrays.scaled``.
     """
-    image = decode(data, at_least=2 * size)
+    bands = [square(band, size) for band in unpack(data, channels, value_range, at_least=2 * size)]
+    if bands[0].mode == "F":
+        return torch.from_numpy(np.stack([np.asarray(band) for band in bands])).clamp(-1, 1)
+    return to_tensor(bands[0].convert("L") if channels == 1 else bands[0])
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     # cropped before, as resize(box=...) would let pixels beside the box in
     image = image.crop((left, top, left + side, top + side))
-    image = image.resize((size, size), Image.Resampling.LANCZOS if side >= size else Image.Resampling.BICUBIC)
-    return to_tensor(image if channels == 3 else image.convert("L"))
+    return image.resize((size, size), Image.Resampling.LANCZOS if side >= size else Image.Resampling.BICUBIC)
 
 
-def decode(data: bytes, at_least: int | None = None) -> Image.Image:
-    """-> RGB. Large JPEGs are unpacked at 1/2, 1/4 or 1/8 where both sides stay `at_least` pixels: much faster."""
+def unpack(data: bytes, channels: int = 3, value_range: Sequence[float] | None = None, at_least: int | None = None
+           ) -> list[Image.Image]:  # fmt: skip
+    """-> one image of 8 bits (RGB for 1 and 3 channels, LA, RGBA), or one a channel of fractions (mode F) in [-1, 1]: from
+    files of more bits, from arrays, and where there is a value_range. Raises BrokenImage."""
+    if is_array(data):
+        return _bands(scaled(read_array(data, channels), value_range))
+    needs_pictures(channels)
+    with _told(), Image.open(io.BytesIO(data)) as image:
+        _small_enough(image)
+        if is_deep(image, channels):
+            return _bands(read_deep(data, channels, value_range))
+    image = decode(data, at_least, {2: "LA", 4: "RGBA"}.get(channels, "RGB"))
+    if value_range is None:
+        return [image]
+    return _bands(fitted(scaled(np.asarray(image), value_range), channels))
+
+
+def decode(data: bytes, at_least: int | None = None, mode: str = "RGB") -> Image.Image:
+    """-> 8 bits, of an image that has no more. Large JPEGs are unpacked at 1/2, 1/4 or 1/8 where both sides stay `at_least`
+    pixels: much faster."""
+    with _told(), Image.open(io.BytesIO(data)) as image:
+        _small_enough(image)
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return flatten(image) if mode == "RGB" else with_opacity(image, mode)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Whatever goes wrong in a file is a BrokenImage."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BrokenImage(f"{width}x{height} pixels; the limit is {MAX_PIXELS:,} in all")
-            if at_least is not None:
-                image.draft(None, (at_least, at_least))
-            image.load()
-            return flatten(ImageOps.exif_transpose(image))
+        yield
     except BrokenImage:
         raise
     except UnidentifiedImageError as error:
         raise BrokenImage("not an image that Pillow can read") from error
-    except (
-        Exception
-    ) as error:  # Pillow's readers raise whatever their parser ran into: OSError, SyntaxError, struct.error ...
+    except Exception as error:  # Pillow's readers raise whatever their parser ran into: OSError, SyntaxError, struct.error ...
         raise BrokenImage(str(error) or type(error).__name__) from error
 
 
+def _small_enough(image: Image.Image) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BrokenImage(f"{width}x{height} pixels; the limit is {MAX_PIXELS:,} in all")
+
+
+def _bands(x: np.ndarray) -> list[Image.Image]:  # (H,W,C)
+    return [Image.fromarray(np.ascontiguousarray(x[..., c])) for c in range(x.shape[2])]
+
+
+def with_opacity(image: Image.Image, mode: str) -> Image.Image:
+    """Any of Pillow's modes of 8 bits -> LA or RGBA; opaque where the picture says nothing of it."""
+    if image.has_transparency_data:
+        return image.convert("RGBA").convert(mode)
+    return image.convert("RGB").convert(mode)
+
+
 def flatten(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes -> RGB; what is transparent shows white."""
-    if image.mode.startswith(
-        "I"
-    ):  # 16 bits a pixel, as numbers up to 65,535: Pillow's own conversion would clip at 255
-        levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.rint(levels.clip(0, 65535) / 257).astype(np.uint8))
-    elif image.mode == "F":
-        raise BrokenImage("floating-point pixels, whose range the file does not tell; save it with 8 or 16 bits")
+    """Any of Pillow's modes of 8 bits -> RGB; what is transparent shows white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

@@ -12,11 +12,12 @@ import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 
 from ldm.common.files import UserError, nearest
+from ldm.data.arrays import SUFFIXES
 from ldm.data.captions import CAPTION_COLUMNS, decode_text
 from ldm.data.folder import no_folder, picture_suffixes
 from ldm.data.pictures import Pictures, Scan, Split
@@ -37,18 +38,17 @@ class WebDataset(Pictures):
         shards: str,
         size: int,
         caption_key: str = "txt",
-        channels: Literal[1, 3] = 3,
+        channels: int = 3,
         flip: bool = False,
         split: Split = "all",
         validation_share: float = 0.0,
         scan: Scan = "all",
         max_broken: float = 0.05,
         empty_ok: bool = False,
+        value_range: list[float] | None = None,
     ) -> None:
         self.shards = find_shards(shards)
-        index = Index(caption_key.lower().removeprefix("."))
-        for number, shard in enumerate(self.shards):
-            index.add(number, shard)
+        index = indexed(self.shards, caption_key.lower().removeprefix("."), channels)
         if not index.keys:
             raise UserError(f"{shards}: no image in {len(self.shards):,} shards; they hold {_endings(index.endings)}")
         if not index.captions and not empty_ok:
@@ -60,8 +60,9 @@ class WebDataset(Pictures):
         self._span = np.array(index.span, dtype=np.int64).reshape(-1, 2)  # offset and length of the image in its shard
         keys = index.unique_keys(self.shards)
         super().__init__(
-            shards, keys, [index.captions.get(e) for e in range(len(keys))], size=size, channels=channels, flip=flip,
-            split=split, validation_share=validation_share, scan=scan, max_broken=max_broken, empty_ok=empty_ok,
+            shards, keys, [index.captions.get(e) for e in range(len(keys))], size=size, channels=channels,
+            value_range=value_range, flip=flip, split=split, validation_share=validation_share, scan=scan,
+            max_broken=max_broken, empty_ok=empty_ok,
             caption_source=f".{index.caption_key} members of {len(self.shards):,} shards", notes=index.notes(),
         )  # fmt: skip
 
@@ -75,11 +76,23 @@ class WebDataset(Pictures):
         return int(self._span[entry, 1])
 
 
+def indexed(shards: list[Path], caption_key: str, channels: int) -> "Index":
+    """What is in the shards. Arrays (.npy, .npz) are images where there are no others, or none of so many channels."""
+    for suffixes in [picture_suffixes()] * (channels <= 4) + [set(SUFFIXES)]:
+        index = Index(caption_key, suffixes)
+        for number, shard in enumerate(shards):
+            index.add(number, shard)
+        if index.keys:
+            break
+    return index
+
+
 @dataclass
 class Index:
     """Where each sample's image lies, and its caption. Samples are entries 0, 1, 2 ... in the order of the shards."""
 
     caption_key: str
+    suffixes: set[str]  # of images, with the dot
     keys: list[str] = field(default_factory=list)
     shard: list[int] = field(default_factory=list)
     span: list[tuple[int, int]] = field(default_factory=list)
@@ -91,7 +104,7 @@ class Index:
 
     def add(self, number: int, shard: Path) -> None:
         """Reads shard number `number`. Raises UserError where it is no tar file, is compressed or damaged."""
-        suffixes, images, captions = picture_suffixes(), {}, {}
+        images, captions = {}, {}
         with open(shard, "rb") as file:
             try:
                 tar = tarfile.TarFile(fileobj=file)
@@ -100,7 +113,7 @@ class Index:
                     if not key or not member.isfile():
                         continue
                     self.endings[ending] += 1
-                    if "." + ending in suffixes:
+                    if "." + ending in self.suffixes:
                         self._put(images, key, (member.offset_data, member.size), member.name)
                     elif ending == self.caption_key:
                         text = self._caption(f"{shard}: {member.name}", tar.extractfile(member).read())
