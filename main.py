@@ -26,11 +26,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-test", "--no_test", action="store_true", help="no sheet of pictures at the end")
     add("--scale-lr", "--scale_lr", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="multiply learning rates by devices x batch x accumulation (%(default)s)")
+    add("--trust", action="store_true", help="run code that the checkpoint in autoencoder.ckpt names")
     add("--check", action="store_true", help="check everything, print the plan, and stop")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config, such as trainer.max_steps=100")
     args = parser.parse_intermixed_args(argv)
     args.overrides += [word for word in args.base if "=" in word]  # `-b CFG key=value` reads as two configs
     args.base = [word for word in args.base if "=" not in word]
+    args.alone = not args.base and not any(word.startswith("stage1.") for word in args.overrides)
     if not args.base and args.resume:  # a run folder, or a checkpoint in one, knows its config
         places = (Path(args.resume), Path(args.resume).absolute().parent.parent)
         args.base = [str(place / "config.yaml") for place in places if (place / "config.yaml").is_file()][:1]
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.common.allocator import keep_memory
 
     keep_memory()
-    from ldm.app import launch, stages, terminal  # torch is imported from here on
+    from ldm.app import launch, runs, stages, terminal  # torch is imported from here on
     from ldm.common.files import UserError
 
     terminal.set_up(launch.rank())
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         planned, mistakes = stages.read(args.base, args.overrides, name=args.name, seed=args.seed)
         if mistakes:
             raise launch.OnAllRanks("\n".join(mistakes))
+        if args.alone and args.resume not in (None, "auto"):
+            planned = runs.alone(planned, args.resume)
         if args.check:
             return check(planned, args)
         probe = [make_trainer(stage) for stage in planned][-1]
@@ -88,7 +92,7 @@ def check(planned: list, args: argparse.Namespace) -> int:
     world = survey.world(planned[-1].trainer)
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, world)
-    surveys, more = survey.surveys(planned, world)
+    surveys, more = survey.surveys(planned, world, args.trust)
     for found in surveys:
         terminal.say("\n  ".join(plan.summary(found) + plan.details(found)))
     terminal.report("\n".join(problems + more))
@@ -104,19 +108,21 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
     mistakes = [mistake for stage in planned for mistake in stage.open(made)]
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, group.world_size)
-    surveys, more = survey.surveys(planned, group.world_size) if not mistakes else ([], [])
+    surveys, more = survey.surveys(planned, group.world_size, args.trust) if not mistakes else ([], [])
     if mistakes + more:
         raise launch.OnAllRanks("\n".join(mistakes + more))
     launch.in_turn(group, lambda: [survey.prepare(found.module) for found in surveys])
     jobs, notes = launch.decided(group, lambda: runs.jobs(planned, args.logdir, args.resume, args.postfix))
     for note in notes:
         tell(note)
-    checkpoint = None
+    checkpoint, by_number = None, {found.stage.number: found for found in surveys}
     for job in jobs:
-        found = surveys[job.number - 1]
+        found = by_number[job.number]
         if job.action == "reuse":
             checkpoint = job.checkpoint
             tell(f"{found.stage.label}: finished already, {job.run} is used (same config and data)")
+            for line in runs.kept_sampling(job, found.stage):
+                tell(line)
             continue
         checkpoint, signal = train(job, found, checkpoint, args, group, tell)
         if signal is not None:
@@ -133,15 +139,17 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
 
     from pytorch_lightning import seed_everything
 
-    from ldm.app import launch, parts, plan, runs
+    from ldm.app import guards, launch, parts, plan, runs
     from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, seeding, stop
     from ldm.common.config import Checkpoint, Logging, section
 
     began, stage = monotonic(), survey.stage
     logging, saving = section(stage.config, Logging), section(stage.config, Checkpoint)
     seed_everything(stage.seed, verbose=False)
-    autoencoder, block = parts.autoencoder_of(stage, job.checkpoint or before)
+    autoencoder, block = parts.autoencoder_of(stage, job.checkpoint or before, args.trust)
     module = parts.make_module(stage, autoencoder, stage.picture)
+    launch.decided(group, lambda: guards.keeps_autoencoder(job, stage, module, args.logdir, args.trust))
+    guards.settle_latents(stage, module, group.strategy.root_device, job.action == "resume", tell)
     need = (saving.keep + 1) * survey.checkpoint
     folder = launch.decided(group, lambda: runs.run_folder(job, stage, module, args.logdir, args.postfix, need))
     tell("\n  ".join([*plan.summary(survey), *stage.train.report().splitlines(), f"run folder {folder}"]))
@@ -163,6 +171,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
             module.to(trainer.strategy.root_device)
             tell(parts.finish(stage, module))
         saver.save_final(trainer)
+        seconds = runs.add_seconds(folder, monotonic() - began) if trainer.is_global_zero else 0
         if stopper.signal is not None:
             tell(f"{stage.label}: stopped at step {trainer.global_step}, saved as {saver.last}; the same command with "
                  "--resume auto goes on from there")  # fmt: skip
@@ -171,7 +180,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
             pictures.draw(module, trainer.global_step, "final.png")
         if trainer.is_global_zero:
             runs.write_done(folder, stage, "checkpoints/last.ckpt", steps=trainer.global_step, images=module.images_seen,
-                            seconds=round(monotonic() - began))  # fmt: skip
+                            seconds=seconds)  # fmt: skip
         tell(f"{stage.label}: done in {progress.duration(monotonic() - began)}; {timer.shares()}")
         trainer.strategy.barrier()
         return saver.last, None

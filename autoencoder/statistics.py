@@ -1,11 +1,22 @@
-"""What is known of an autoencoder after a walk over a data set: latent moments, codebook use, mean losses."""
+"""What is known of an autoencoder after a walk over a data set: latent moments, codebook use, mean losses.
+
+``measure`` puts the moments into the autoencoder, with their number and the hash of the data: its latents are then of
+zero mean and unit variance.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from autoencoder.base import Autoencoder
 from autoencoder.bottlenecks import usage
+from ldm.common.files import digest
+
+IMAGES = 10_000  # enough that mean and deviation of a channel are known to a percent, whatever the pictures
 
 
 class Tally:
@@ -65,3 +76,40 @@ class Tally:
         if "codes" in self.sums:
             out |= {f"codebook_{name}": value for name, value in usage(self.sums["codes"]).items()}
         return out
+
+
+@torch.no_grad()
+def measure(autoencoder: Autoencoder, loader: Iterable[dict], images: int = IMAGES, fingerprint: str | None = None) -> dict:
+    """Mean and standard deviation per channel of draws from q(z|x), before shift and scale; stored in the autoencoder.
+
+    Over ``images`` pictures of all ranks together, or the whole data set if that is smaller. All ranks have to call, each
+    with its share of the pictures; the autoencoder should be in eval mode.
+
+    Args:
+        loader: batches {"image": (B,C,H,W) in [-1,1]}, shuffled where the data is sorted.
+        fingerprint: of the data set; its hash is stored too.
+
+    Returns:
+        {"count", "mean" (C), "std" (C), "collapsed"}: the last lists channels whose draws are noise to nine tenths.
+
+    Raises:
+        ValueError: where a channel has no variance at all.
+    """
+    images = min(images, len(loader.dataset)) if hasattr(loader, "dataset") else images
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    tally, own = Tally(), -(-images // world)
+    for batch in loader:
+        tally.latents(*autoencoder.moments(batch["image"][: own - tally.count].to(autoencoder.shift)))
+        if tally.count >= own:
+            break
+    tally = tally.gathered()
+    mean, variance, noise = tally.moments()
+    std = (variance + noise).sqrt()
+    autoencoder.set_statistics(mean.float(), std.float(), tally.count, fingerprint and data_hash(fingerprint))
+    collapsed = (variance < 0.1 * std.square()).nonzero().flatten().tolist()
+    return {"count": tally.count, "mean": mean.tolist(), "std": std.tolist(), "collapsed": collapsed}
+
+
+def data_hash(fingerprint: str) -> str:
+    """16 hex digits that name the data set with this fingerprint, which is itself where it is written so."""
+    return fingerprint if re.fullmatch("[0-9a-f]{16}", fingerprint) else digest(fingerprint)

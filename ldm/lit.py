@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import pytorch_lightning as pl
@@ -15,6 +16,7 @@ from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
 from ldm.denoiser import build_denoiser, impossible
+from ldm.latents import Spread, check_scale, spread
 from ldm.loss import WEIGHTS, LogitNormal, MinSNR, Uniform, diffusion_loss
 from ldm.process import Process, RectifiedFlow
 
@@ -38,6 +40,9 @@ class DiffusionModule(pl.LightningModule):
         density: draws t from uniform numbers; weight: a name of ``ldm.loss.WEIGHTS`` or an object.
         optimizer, schedule: blocks; no schedule: a constant learning rate.
         latents: train on draws of q(z|x), or on its mode, which suits decoders that were trained on wide posteriors.
+        statistics: "check" refuses latents whose standard deviation is not about 1; an autoencoder that was never measured
+            (one trained elsewhere, or pixels) is measured on the training data first. "measure" measures any autoencoder
+            anew; "force" measures nothing and warns in place of refusing.
         ema_decay: of the averaged weights that sampling uses; None keeps none.
     """
 
@@ -48,6 +53,7 @@ class DiffusionModule(pl.LightningModule):
                  process: Process | None = None, parameterization: Literal["noise", "data", "v", "flow"] = "flow",
                  density: Uniform | LogitNormal | None = None, weight: Literal["uniform", "min_snr"] | MinSNR = "uniform",
                  schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
+                 statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | None = 0.9999, seed: int = 23, sampling: dict | None = None):
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
@@ -59,7 +65,7 @@ class DiffusionModule(pl.LightningModule):
         self.density = density or Uniform()
         self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
         self.optimizer, self.schedule = optimizer, schedule
-        self.latents = latents
+        self.latents, self.statistics = latents, statistics
         self.seed, self.sampling = seed, dict(sampling or {})
         self.images_seen = 0  # by all processes together
 
@@ -109,6 +115,24 @@ class DiffusionModule(pl.LightningModule):
         if std is None or self.latents == "mode":
             return mean
         return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the autoencoder's statistics are to be measured before training. A shift and scale that were set by hand
+        (the table of published autoencoders) count as known, though their pictures were not counted."""
+        spec = self.autoencoder.spec
+        by_hand = bool(spec.shift.any() or (spec.scale != 1).any())
+        return self.statistics == "measure" or (self.statistics == "check" and not spec.count and not by_hand)
+
+    def verify(self, batches: Iterable[dict], data_hash: str | None = None) -> Spread:
+        """The spread of the latents that training will see of these batches (on each rank its own; all have to call).
+        UserError where it is not about 1, unless ``statistics`` is "force". data_hash: of the data set."""
+        device = self.autoencoder.shift.device
+        on_device = ({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+                     for batch in batches)  # fmt: skip
+        found = spread(self.latent(batch, batch["position"].tolist(), "posterior") for batch in on_device)
+        check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
+        return found
 
     def condition(self, model: nn.ModuleDict, batch: dict, chance: Tensor | None = None) -> Cond:
         """The batch's condition; with ``chance`` (B,) uniform numbers, captions are dropped as the conditioner says."""

@@ -77,7 +77,7 @@ def test_its_model_is_built_and_a_picture_passes_through(path, surveyed):
 def test_every_trained_weight_is_in_one_optimizer_group(path, surveyed):
     found = surveyed(path)
     module = found.module
-    parts = [module.model] if found.stage.kind == "diffusion" else [module.autoencoder]
+    parts = [module.model] if found.stage.kind == "diffusion" else [module.trained]
     parts += [module.critic] if getattr(module, "critic", None) is not None else []
     held = []
     for part in parts:

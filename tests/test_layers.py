@@ -11,7 +11,7 @@ LAYERS = {
     "ldm.common": 0,
     **dict.fromkeys(("autoencoder", "ldm.data", "ldm.process", "ldm.parameterization", "ldm.cond"), 1),
     **dict.fromkeys(("ldm.networks", "ldm.conditioners"), 2),
-    **dict.fromkeys(("ldm.denoiser", "ldm.loss", "ldm.likelihood", "ldm.guidance", "ldm.times"), 3),
+    **dict.fromkeys(("ldm.denoiser", "ldm.loss", "ldm.latents", "ldm.likelihood", "ldm.guidance", "ldm.times"), 3),
     **dict.fromkeys(("ldm.samplers", "ldm.edit"), 3),
     **dict.fromkeys(("ldm.bundle", "ldm.lit", "ldm.callbacks", "ldm.metrics"), 4),
     **dict.fromkeys(("ldm.interop", "ldm.load", "ldm.app", "ldm.__main__", "main"), 5),

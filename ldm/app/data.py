@@ -28,6 +28,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     check = tasks.add_parser("check", help="report what is in the data of a config, in a folder, or in shards")
     check.add_argument("source", metavar="CONFIG_OR_FOLDER", help="a yaml, a folder of images, or .tar shards")
     check.add_argument("--size", type=positive, default=64, help="side of the pictures, for folders and shards (64)")
+    check.add_argument("--channels", type=positive, default=3, metavar="C",
+                       help="of the pictures, for folders and shards: 1 grey, 3 RGB, 4 RGBA; any number of arrays (3)")
     check.set_defaults(task=check_data)
 
 
@@ -63,11 +65,11 @@ def check_data(args: argparse.Namespace) -> None:
     elif source.is_dir() and not any(source.glob("*.tar")):
         from ldm.data.folder import ImageFolder
 
-        print(ImageFolder(str(source), size=args.size, empty_ok=True).report())
+        print(ImageFolder(str(source), args.size, channels=args.channels, empty_ok=True).report())
     elif source.is_dir() or ".tar" in source.name:
         from ldm.data.webdataset import WebDataset
 
-        print(WebDataset(str(source), size=args.size, empty_ok=True).report())
+        print(WebDataset(str(source), args.size, channels=args.channels, empty_ok=True).report())
     else:
         names = [entry.name for entry in source.parent.iterdir()] if source.parent.is_dir() else []
         near = nearest(source.name, names)

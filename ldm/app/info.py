@@ -40,7 +40,19 @@ def about_checkpoint(path: str) -> dict:
         "model": digest({key: content(value) for key, value in weights.items()}),
         "weights": "averaged (EMA) and raw" if found.has_ema else "one set",
         "numbers": dict(numbers),
+        "latents": latents(weights),
         "sampling": about.pop("sampling", None) or config.get("sampling"),
         **about,
         "config": config,
     }
+
+
+def latents(weights: dict) -> dict | None:
+    """The statistics that the autoencoder carries: mean and deviation per channel, over how many images of which data."""
+    names = ("shift", "scale", "statistics_count")
+    if not all(f"autoencoder.{name}" in weights for name in names):
+        return None
+    shift, scale, count = (weights[f"autoencoder.{name}"].tolist() for name in names)
+    data = weights.get("autoencoder.statistics_data")
+    known = data is not None and bool(data.any())
+    return {"mean": shift, "std": scale, "images": count, "data": bytes(data.tolist()).hex() if known else None}

@@ -16,8 +16,9 @@ from ldm.bundle import Bundle
 from ldm.callbacks.images import Panel, reconstructions, samples
 from ldm.common.build import build
 from ldm.common.config import Cache, Sampling, section
+from ldm.common.files import UserError
 from ldm.data.loader import make_loader
-from ldm.load import load
+from ldm.load import load, read
 
 Tell = Callable[[str], None]
 PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}  # folders of sheets, by the kind of the stage
@@ -45,29 +46,47 @@ def one_pass(stage: Stage, dataset: Dataset | None, shuffle: bool = False) -> Da
     return make_loader(dataset, seed=stage.seed, shuffle=shuffle, infinite=False, **stage.config["loader"])
 
 
-def autoencoder_of(stage: Stage, checkpoint: Path | None) -> tuple[nn.Module | None, dict | None]:
+def autoencoder_of(stage: Stage, checkpoint: Path | None, trust: bool = False) -> tuple[nn.Module | None, dict | None]:
     """-> the autoencoder that stage 2 works with, and its block (what builds it anew, without weights); nothing for stage 1.
 
     checkpoint: a finished stage 1, or a stage 2 that goes on; None: what the config names. Raises UserError.
+    trust: build what a checkpoint names even where it is neither ours nor in the config at hand.
     """
     if stage.kind == "autoencoder":
         return None, None
     source = stage.config["autoencoder"]
     if checkpoint is None and "target" in source:
         return build(source), source
-    # a checkpoint from this config's own runs holds this config's own targets; any other is not run on sight
-    bundle = load(checkpoint or source["ckpt"], trust=checkpoint is not None)
+    bundle = load_autoencoder(checkpoint or Path(source["ckpt"]), stage, trust)
     return bundle.autoencoder, block_of(bundle.config)
 
 
-def autoencoder_block(stage: Stage) -> dict | None:
+def load_autoencoder(path: Path, stage: Stage, trust: bool) -> Bundle:
+    """A checkpoint that may name, besides ours, what this stage's own config (or stage 1's) names: no other code is run."""
+    own = targets(stage.config) | (targets(stage.before.config) if stage.before else set())
+    try:
+        trust = trust or targets(read(path).about.get("config")) <= own
+    except UserError:  # somebody else's file, or a damaged one: `load` reads it, or says what is wrong
+        pass
+    return load(path, trust=trust)
+
+
+def targets(value: Any) -> set[str]:
+    """All that a config names."""
+    if isinstance(value, dict):
+        named = {value["target"]} if isinstance(value.get("target"), str) else set()
+        return named.union(*map(targets, value.values()))
+    return set().union(*map(targets, value)) if isinstance(value, list) else set()
+
+
+def autoencoder_block(stage: Stage, trust: bool = False) -> dict | None:
     """The block alone, before stage 1 is trained; None where the stage trains an autoencoder itself."""
     if stage.kind == "autoencoder":
         return None
     source = stage.config["autoencoder"]
     if stage.before is not None:
         return block_of(stage.before.config)
-    return source if "target" in source else block_of(load(source["ckpt"]).config)
+    return source if "target" in source else block_of(load_autoencoder(Path(source["ckpt"]), stage, trust).config)
 
 
 def block_of(config: dict) -> dict:
@@ -119,12 +138,21 @@ def finish(stage: Stage, module: Any) -> str:
     """What is left to do after the last step, and a line about it. All ranks have to call."""
     if stage.kind == "diffusion":
         return f"{stage.label}: {module.images_seen:,} images seen"
-    measured = module.measure_statistics(one_pass(stage, stage.train, shuffle=True))
-    mean, std = (", ".join(f"{value:.3g}" for value in measured[name]) for name in ("mean", "std"))
+    try:
+        measured = module.measure_statistics(one_pass(stage, stage.train, shuffle=True), fingerprint=stage.train.fingerprint)
+    except ValueError as error:  # a channel without any variance
+        raise UserError(f"{stage.label}: {error}") from error
     unused = measured["collapsed"]
-    note = f"; channels {unused} collapsed: they carry nothing of the picture (a lower kl weight keeps them)" if unused else ""
-    return (f"{stage.label}: latents of {measured['count']:,} images have mean {mean} and standard deviation {std} by channel; "
-            f"stored with the autoencoder, which from now on draws them with mean 0 and deviation 1{note}")
+    note = (f"; in channels {unused} less than a tenth of the variance tells pictures apart, the rest is noise (a lower kl "
+            "weight keeps them)") if unused else ""
+    return (f"{stage.label}: {in_words(measured)}; stored with the autoencoder, which from now on draws them with mean 0 and "
+            f"deviation 1{note}")
+
+
+def in_words(measured: dict) -> str:
+    """What `autoencoder.statistics.measure` gave."""
+    mean, std = (", ".join(f"{value:.3g}" for value in measured[name]) for name in ("mean", "std"))
+    return f"latents of {measured['count']:,} images have mean {mean} and standard deviation {std} by channel"
 
 
 def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell

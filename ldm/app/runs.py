@@ -1,15 +1,15 @@
 """Run folders, and which of them is finished, can go on, or has to be started.
 
-A run folder is logdir/<name>[_<postfix>]-<time>/ with config.yaml, checkpoints/, metrics.jsonl, pictures, and DONE once
-it is finished. The key in DONE stands for everything that the weights depend on: a stage with that key is not trained
-twice.
+A run folder is logdir/<name>[_<postfix>]-<time>/ with config.yaml (and stage1.yaml, where stage 1 was trained for it),
+checkpoints/, metrics.jsonl, pictures, and DONE once it is finished. The key in DONE stands for everything that the weights
+depend on: a stage with that key is not trained twice.
 """
 
 import json
 import re
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,8 @@ from ldm.app.stages import PLACE, Kind, Stage
 from ldm.bundle import compare
 from ldm.common.files import UserError, atomic_write, free_bytes
 from ldm.load import read as read_checkpoint
+
+STAGE1 = "stage1.yaml"  # in a run folder of stage 2
 
 
 def new_folder(logdir: str | Path, name: str, postfix: str | None = None) -> Path:
@@ -165,6 +167,32 @@ def jobs(stages: Sequence[Stage], logdir: str | Path, resume: str | None = None,
     return listed, told
 
 
+def alone(stages: list[Stage], resume: str) -> list[Stage]:
+    """-> stage 2 by itself, where its own run folder says all about it: the autoencoder is in the checkpoint, and neither
+    stage 1 nor its data is asked for. All stages where it does not."""
+    checkpoint, last = checkpoint_to_resume(resume), stages[-1]
+    key = stage1_key(Job("resume", last.number, checkpoint))
+    if last.before is None or key is None or kind_of(checkpoint) != "diffusion":
+        return stages
+    return [replace(last, latents_key=key)]
+
+
+def kept_sampling(job: Job, stage: Stage) -> list[str]:
+    """What there is to say where a finished run is used whose sampling is not what the config now says."""
+    config = _config_of(job.run) if job.run else None
+    before, now = ((one or {}).get("sampling") or {} for one in (config, stage.config))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if not changed:
+        return []
+    return [f"{stage.label}: sampling differs in {', '.join(changed)}; the finished checkpoint and its sheet keep their own. "
+            "The arguments of `python -m ldm txt2img` draw otherwise, and `--resume` of the run stores the new ones"]
+
+
+def stage1_key(job: Job) -> str | None:
+    """Of the autoencoder (`Stage.autoencoder_key`) that the run of this job was begun with."""
+    return None if job.run is None else _read(job.run / "run.json").get("autoencoder")
+
+
 def checkpoint_to_resume(resume: str) -> Path:
     """The checkpoint file that `--resume RUN_OR_CKPT` means."""
     path = Path(resume)
@@ -195,8 +223,28 @@ def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, po
             raise UserError(f"--resume: {job.checkpoint} is not of the model in this config: {problems}")
     folder = job.run or new_folder(logdir, stage.name, postfix if stage.number == stage.count else None)
     (folder / "DONE").unlink(missing_ok=True)  # until it is again
-    with atomic_write(folder / "config.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(stage.config, sort_keys=False, allow_unicode=True))
-    with atomic_write(folder / "run.json") as temporary:
-        temporary.write_text(json.dumps({"autoencoder": stage.autoencoder_key}) + "\n")
+    config = stage.config
+    if stage.before is not None:  # as it was, arguments included: the folder needs no other config
+        _write_config(folder / STAGE1, stage.before.config)
+        config = {**config, "autoencoder": {"config": STAGE1}}
+    _write_config(folder / "config.yaml", config)
+    _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key})
     return folder
+
+
+def add_seconds(folder: Path, seconds: float) -> int:
+    """-> how long a run has taken so far, its interruptions left out."""
+    facts = _read(folder / "run.json")
+    facts["seconds"] = round(facts.get("seconds", 0) + seconds)
+    _write_facts(folder, facts)
+    return facts["seconds"]
+
+
+def _write_facts(folder: Path, facts: dict) -> None:
+    with atomic_write(folder / "run.json") as temporary:
+        temporary.write_text(json.dumps(facts) + "\n")
+
+
+def _write_config(path: Path, config: dict) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

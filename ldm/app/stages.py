@@ -48,6 +48,7 @@ class Stage:
     train: Dataset | None = None
     validation: Dataset | None = None
     scaled: int = 1  # what the config's learning rates were multiplied by
+    latents_key: str | None = None  # autoencoder_key, where it is known without stage 1's data
 
     @property
     def name(self) -> str:
@@ -125,12 +126,24 @@ class Stage:
     @cached_property
     def autoencoder_key(self) -> str | None:
         """Hash of all that the latents depend on; None in stage 1."""
+        if self.latents_key is not None:
+            return self.latents_key
         if self.before is not None:
             return self.before.key
         source = self.config.get("autoencoder")
         if not source:
             return None
-        return file_sha256(find(Path(source["ckpt"]))) if "ckpt" in source else digest(source)
+        return _contents(Path(source["ckpt"])) if "ckpt" in source else digest(source)
+
+
+def _contents(path: Path) -> str:
+    """Hash of a checkpoint; of all files in a folder that is somebody else's."""
+    try:
+        return file_sha256(find(path))
+    except UserError:
+        if not path.is_dir():
+            raise
+        return digest({str(file.relative_to(path)): file_sha256(file) for file in path.rglob("*") if file.is_file()})
 
 
 def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None

@@ -22,6 +22,7 @@ from ldm.app.parts import autoencoder_block, make_module
 from ldm.app.stages import Stage
 from ldm.common.build import build, locate
 from ldm.common.config import Cache, section
+from ldm.common.files import UserError
 from ldm.common.signatures import is_block, parameters
 from ldm.cond import Cond
 
@@ -118,12 +119,12 @@ class Survey:
         return once * self.stage.batch_size * self.stage.accumulate
 
 
-def surveys(stages: Sequence[Stage], world: int) -> tuple[list[Survey], list[str]]:
-    """-> of each stage that can be built, and what is wrong with the others."""
+def surveys(stages: Sequence[Stage], world: int, trust: bool = False) -> tuple[list[Survey], list[str]]:
+    """-> of each stage that can be built, and what is wrong with the others. trust: see `parts.autoencoder_of`."""
     found, problems = [], []
     for stage in stages:
         try:
-            found.append(survey(stage, world, autoencoder_block(stage), size_of(stage)))
+            found.append(survey(stage, world, autoencoder_block(stage, trust), size_of(stage)))
         except ValueError as error:
             problems.append(f"{stage.label}: {error}")
     return found, problems
@@ -142,6 +143,7 @@ def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None
                        buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
                        recomputes=any(getattr(part, "checkpointing", False) for part in module.modules()))  # fmt: skip
     if size is not None:
+        check_channels(stage, getattr(module.autoencoder, "image_channels", size[0]), size[0])
         walk = _walk_autoencoder if stage.kind == "autoencoder" else _walk_diffusion
         # tensors that say they are on the CPU (autocast asks) and have no contents either; attention by its formula
         with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
@@ -149,9 +151,18 @@ def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None
     return found
 
 
+def check_channels(stage: Stage, taken: int, given: int) -> None:
+    """UserError where the autoencoder takes pictures of another number of channels than the data gives."""
+    if taken != given:
+        alone = stage.kind == "autoencoder"
+        where = "model.params.autoencoder.params.image_channels" if alone else "autoencoder"
+        raise UserError(f"{where}: {taken}{'' if alone else ' channels'}, but the pictures of data.train have {given} "
+                        "(data.train.params.channels); give both the same")
+
+
 def prepare(module: Any) -> None:
     """Finds or downloads the files that a module reads when it is used. UserError names what is missing."""
-    for name in ("conditioner", "loss"):
+    for name in ("conditioner", "loss", "regularisers"):
         part = getattr(module, name, None)
         if hasattr(part, "prepare"):
             part.prepare()
@@ -166,8 +177,9 @@ def size_of(stage: Stage) -> Size | None:
         for key, item in value.items() if isinstance(value, dict) else ():
             yield from [item] if key in ("size", "image_size", "resolution") and type(item) is int else sizes(item)
 
-    side = next(sizes(stage.config["data"]["train"]), None)
-    return None if side is None else (3, side, side)
+    block = stage.config["data"]["train"]
+    side, channels = next(sizes(block), None), (block.get("params") or {}).get("channels")
+    return None if side is None else (channels if type(channels) is int else 3, side, side)
 
 
 def world(trainer: dict) -> int:

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from autoencoder.statistics import Tally
+from autoencoder.base import Autoencoder
+from autoencoder.statistics import Tally, data_hash, measure
+from ldm.common.files import digest
 
 
 def test_moments_are_those_of_all_draws_whatever_the_batches():
@@ -32,3 +34,38 @@ def test_codes_become_usage():
     tally.latents(torch.zeros(1, 1, 1, 1), None)
     tally.codes(torch.tensor([[[0, 0], [3, 3]]]), size=4)
     assert tally.summary()["codebook_used"] == 0.5 and tally.summary()["codebook_perplexity"] == pytest.approx(2.0)
+
+
+class Noisy(Autoencoder):
+    """Channel c of the latent: the picture's channel c; its draws have variance 0.25 where c is 0, else 4."""
+
+    def __init__(self):
+        super().__init__(2, 2, 1)
+
+    def moments(self, x):
+        return x, torch.tensor([0.25, 4.0]).log().view(-1, 1, 1).expand_as(x)
+
+
+def test_measured_statistics_are_those_of_draws_over_as_many_pictures_as_asked():
+    x = torch.randn(40, 2, 3, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([2.0, 0.3]).view(2, 1, 1) + 1
+    model = Noisy()
+    found = measure(model, [{"image": part} for part in x.split(16)], images=36, fingerprint="a b")
+    seen = x[:36].double()
+    std = (seen.var(dim=(0, 2, 3), correction=0) + torch.tensor([0.25, 4.0])).sqrt()
+    assert model.spec.count == found["count"] == 36 and model.spec.data_hash == digest("a b")
+    assert found["collapsed"] == [1] and found["std"] == pytest.approx(std.tolist())
+    assert torch.allclose(model.shift.double(), seen.mean(dim=(0, 2, 3))) and torch.allclose(model.scale.double(), std)
+
+
+def test_measuring_again_forgets_what_was_known():
+    model, x = Noisy(), torch.randn(8, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    model.set_statistics(torch.tensor([5.0, 5.0]), torch.tensor([9.0, 9.0]), 3, "f" * 16)
+    measure(model, [{"image": x}])
+    first = model.spec.scale.clone()
+    measure(model, [{"image": x}])
+    assert torch.equal(model.spec.scale, first) and (model.spec.count, model.spec.data_hash) == (8, None)
+
+
+def test_a_fingerprint_that_is_a_hash_is_kept():
+    assert data_hash("0123456789abcdef") == "0123456789abcdef"
+    assert data_hash("0123456789ABCDEF") != "0123456789ABCDEF" and len(data_hash("folder of pictures")) == 16

@@ -7,7 +7,7 @@ from tiny_training import fit
 
 from ldm.callbacks.clock import Clock
 from ldm.callbacks.images import Panel, Pictures, reconstructions, samples
-from ldm.callbacks.sheet import CELL, MARGIN, save_png, sheet
+from ldm.callbacks.sheet import CELL, MARGIN, save_png, sheet, to_image
 
 
 def test_pictures_stand_in_rows_above_their_captions():
@@ -21,8 +21,34 @@ def test_pictures_stand_in_rows_above_their_captions():
     assert min(below.convert("L").get_flattened_data()) < 100  # there is writing
 
 
-def test_grey_pictures_and_other_shapes():
-    assert sheet(torch.zeros(2, 1, 8, 16), ["a", "b"]).height > 16
+def test_pictures_of_1_3_and_4_channels_are_what_they_are():
+    levels = torch.arange(4) / 255 * 2 - 1
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        image = to_image(levels[:channels, None, None].expand(-1, 2, 5))
+        assert (image.mode, image.size) == (mode, (5, 2))
+        assert image.getpixel((4, 1)) == (tuple(range(channels)) if channels > 1 else 0)
+
+
+@pytest.mark.parametrize(("channels", "columns", "rows"), [(2, 2, 1), (5, 3, 2), (9, 3, 3)])
+def test_other_channels_are_grey_tiles(channels, columns, rows):
+    image = to_image((torch.arange(channels) / 255 * 2 - 1)[:, None, None].expand(-1, 4, 6))
+    assert (image.mode, image.size) == ("L", (6 * columns, 4 * rows))
+    shown = [image.getpixel((6 * (c % columns) + 3, 4 * (c // columns) + 2)) for c in range(columns * rows)]
+    assert shown == [*range(channels), *[255] * (columns * rows - channels)]
+
+
+@pytest.mark.parametrize("channels", [1, 4, 5])
+def test_sheets_of_any_channels(channels):
+    page = sheet(torch.zeros(2, channels, 8, 16), ["a", "b"])
+    assert page.mode == "RGB" and page.height > 16
+
+
+def test_what_is_transparent_shows_a_chequered_ground():
+    clear = torch.tensor([1.0, -1.0, -1.0, -1.0]).view(4, 1, 1).expand(4, 64, 64)
+    page = sheet(torch.stack([clear, torch.cat([clear[:3], -clear[3:]])]), ["", ""], columns=2)
+    side = 64 * 3
+    assert {page.getpixel((MARGIN + x, MARGIN + 4)) for x in (4, 12)} == {(235,) * 3, (195,) * 3}
+    assert page.getpixel((2 * MARGIN + side + 4, MARGIN + 4)) == (255, 0, 0)
 
 
 def test_what_a_sheet_shows_is_in_the_file(tmp_path):
