@@ -1,5 +1,7 @@
 """A whole model of the smallest size, randomly initialised, for what is done with models."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,17 @@ from torch import nn
 import ldm  # noqa: F401  before transformers: it repairs torchvision
 
 WORDS = "a the small large red green blue circle square star on white black background of"
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens_to_the_log():
+    """main.py sets up what a terminal shows, and fixtures run main.py: each test begins without."""
+    from ldm.app.terminal import Records
+
+    root = logging.getLogger()
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler, Records)]
+    for name in ("ldm", "autoencoder"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
