@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,7 +117,12 @@ def vgg16_weights(path: str | None) -> dict[str, Tensor]:
         except (URLError, OSError, RuntimeError) as error:
             raise UserError(f"loss.perceptual: VGG16 is not at {cached} and {VGG} gave {error}; put it there, "
                             f"{ways}") from error
-    return torch.load(path or cached, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path or cached, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"loss.perceptual_weights: {path or cached} cannot be read as weights "
+                        f"({type(error).__name__}); expected torchvision's VGG16 ({VGG}); {ways}") from error
+    return state if isinstance(state, dict) else {}
 
 
 class ActNorm(nn.Module):

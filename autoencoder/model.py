@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from autoencoder import strips
-from autoencoder.base import Autoencoder, Bottled
+from autoencoder.base import Autoencoder, Bottled, at_least_float32, without_autocast
 from autoencoder.nets import Decoder, Encoder
 
 
@@ -61,12 +61,14 @@ class BottleneckAutoencoder(Autoencoder):
         """(B,3,H,W) -> (B,h,w) code indices. Kinds with a codebook only."""
         self._needs_codebook()
         self.check(x)
-        return self.bottleneck.indices(self.moments(x.to(self.dtype))[0])
+        with without_autocast(x.device):
+            return self.bottleneck.indices(self.moments(x.to(self.dtype))[0])
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """(B,h,w) code indices -> (B,3,H,W)."""
         self._needs_codebook()
-        return self.decoder(self.post(self.bottleneck.lookup(codes).to(self.dtype)))
+        with without_autocast(codes.device):
+            return at_least_float32(self.decoder(self.post(self.bottleneck.lookup(codes).to(self.dtype)))).contiguous()
 
     def _needs_codebook(self) -> None:
         if not hasattr(self.bottleneck, "lookup"):

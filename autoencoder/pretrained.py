@@ -23,7 +23,7 @@ from autoencoder.base import Autoencoder
 from ldm.common.files import UserError, nearest
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-INSTALL = "published autoencoders need the package diffusers: pip install 'ldm-autoencoder[diffusers]'"
+INSTALL = "published autoencoders need the package diffusers: pip install -c constraints.txt -e '.[diffusers]'"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from autoencoder.vision import Vision
 from ldm.common.files import UserError
 from ldm.common.random import generator, normal, uniform
 
+ROUNDED = ("regularisers: DecoderNoise and Equivariance need a latent that is decoded as it is, but this bottleneck rounds it "
+           "to codes; take them out, or use the bottleneck KL or Plain")
+
 
 def transformed(x: Tensor, z: Tensor, size: tuple[int, int], turns: int) -> tuple[Tensor, Tensor]:
     """Picture (B,C,H,W) and latent (B,c,h,w) under the same map: scaled, so that the latent has ``size``, then turned
@@ -186,7 +189,10 @@ class Regularisers(nn.ModuleList):
     """Those of a run, in the order in which they are named."""
 
     def connect(self, autoencoder: Autoencoder) -> None:
+        codebook = hasattr(getattr(autoencoder, "bottleneck", None), "lookup")
         for regulariser in self:
+            if codebook and type(regulariser).present is not Regulariser.present:
+                raise UserError(ROUNDED)
             regulariser.connect(autoencoder)
 
     def prepare(self) -> None:
@@ -206,8 +212,7 @@ class Regularisers(nn.ModuleList):
         if z is bottled.latent:
             return x, x_hat, bottled
         if bottled.codes is not None:
-            raise UserError("regularisers: DecoderNoise and Equivariance need a latent that is decoded as it is, but this "
-                            "bottleneck rounds it to codes; take them out, or use the bottleneck KL or Plain")
+            raise UserError(ROUNDED)
         del x_hat  # and with it what its backward pass would have needed
         return goal, autoencoder.decode_raw(z), bottled
 

@@ -109,6 +109,7 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
         readers = [reader for reader in (compvis, diffusers) if reader.holds_autoencoder(tensors)]
         if not readers:
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
+        tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
         beside = file.parent / diffusers.CONFIG
         if config is None and readers[0] is diffusers and beside.is_file():
             config = diffusers.read_config(beside)

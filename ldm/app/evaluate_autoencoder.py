@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         check_source(Path(args.images))
     files = figures_and_sheet(args)
     check_free([file for file in files if file and args.outdir and file.parent == Path(args.outdir)], args.overwrite)
+    check_free([Path(args.out)] if args.out else [], overwrite=True)
     bundle = load_autoencoder(args)
     autoencoder = bundle.autoencoder
     extractor = extractor_from(args, autoencoder.image_channels, bundle.device)

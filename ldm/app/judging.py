@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 from ldm.app.models import load_model
+from ldm.common.build import TRUSTED, locate
 from ldm.common.files import UserError
 
 if TYPE_CHECKING:
@@ -87,8 +88,11 @@ def list_pictures(source: Path, channels: int) -> list[Path]:
 
 def trained_on(bundle: Bundle) -> dict:
     """What is known of the pictures that the model was trained on: "size" and "value_range", where it says so."""
-    train = (((bundle.config or {}).get("data") or {}).get("train") or {}).get("params") or {}
+    block = ((bundle.config or {}).get("data") or {}).get("train") or {}
+    train = block.get("params") or {}
     size = bundle.sampling.get("size") or [train.get("size")]
+    if size[0] is None and str(block.get("target")).split(".")[0] in TRUSTED:  # a class of one size says which
+        size = [getattr(locate(block["target"]), "size", None)]
     return {"size": size[0], "value_range": train.get("value_range")}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +122,15 @@ def read_prompts(name: str) -> list[str]:
 
 
 def check_free(files: list[Path], overwrite: bool) -> None:
-    """UserError where a file would be lost."""
+    """UserError where a file would be lost, or cannot be written; before there is anything to write."""
+    for file in files:
+        standing = next(place for place in file.absolute().parents if place.exists())
+        if not standing.is_dir():
+            raise UserError(f"{standing}: is a file; expected a folder for what is written, or the name of a new one")
+        if not os.access(standing, os.W_OK):
+            raise UserError(f"{standing}: nothing can be written here; give another folder")
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; expected the name of a file")
     taken = [file for file in files if file.exists()]
     if taken and not overwrite:
         more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""

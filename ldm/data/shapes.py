@@ -273,6 +273,8 @@ class Shapes(Dataset):
     two_objects: share of pictures with two objects where `objects` is "mixed".
     """
 
+    size = SIDE  # no option: the pictures are the measure
+
     def __init__(
         self,
         count: int = 20000,

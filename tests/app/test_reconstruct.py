@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from autoencoder.base import Identity
 from ldm.__main__ import main
 from ldm.app import png
-from ldm.app.judging import batched, fitted, panel
+from ldm.app.judging import batched, fitted, panel, trained_on
 from ldm.bundle import Bundle
 
 MODULE = {"target": "autoencoder.lit.AutoencoderModule"}
@@ -169,6 +170,8 @@ def test_mistakes(ckpt, alone, tmp_path, capsys):
     assert "not allowed with argument" in fails(capsys, *here, "--size", "32", "--whole")
     assert "--lpips-weights /no/such: no such file" in fails(capsys, *here, "--lpips-weights", "/no/such")
     assert "nearest: --whole" in fails(capsys, *here, "--wohle")
+    file = str(tmp_path / "pictures" / "a.png")
+    assert f"{file}: is a file; expected a folder" in fails(capsys, *here, "--outdir", file)
     assert not (tmp_path / "out").exists()
     run(ckpt, tmp_path / "pictures", tmp_path / "out")
     assert "is there already" in fails(capsys, *here)
@@ -176,6 +179,17 @@ def test_mistakes(ckpt, alone, tmp_path, capsys):
     (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
     other = ("--ckpt", str(tmp_path / "other.ckpt"), "--overwrite")
     assert "not a checkpoint" in fails(capsys, *here[2:], *other)
+
+
+def test_the_size_of_training_is_known_from_the_data_set_that_has_but_one():
+    def size(block: dict) -> int | None:
+        bundle = SimpleNamespace(config={"data": {"train": block}}, sampling={})
+        return trained_on(bundle)["size"]
+
+    assert size({"target": "ldm.data.shapes.Shapes"}) == 64
+    assert size({"target": "ldm.data.folder.ImageFolder", "params": {"size": 96}}) == 96
+    assert size({"target": "ldm.data.folder.ImageFolder"}) is None
+    assert size({"target": "theirs.Data"}) is None  # not imported
 
 
 def test_batches_hold_one_shape():

@@ -285,3 +285,6 @@ def test_perceptual_weights_that_cannot_be_had_name_the_ways_out(tmp_path, monke
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="other.pth: 1 of 26"):
         ReconstructionLoss(perceptual=1.0, perceptual_weights=str(tmp_path / "other.pth")).prepare()
+    (tmp_path / "no.pth").write_bytes(b"\x89PNG and what follows")
+    with pytest.raises(UserError, match="no.pth cannot be read as weights.*expected torchvision's VGG16.*perceptual=0"):
+        ReconstructionLoss(perceptual=1.0, perceptual_weights=str(tmp_path / "no.pth")).prepare()

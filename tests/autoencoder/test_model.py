@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from autoencoder.bottlenecks import KL, VQ, Plain
+from autoencoder.bottlenecks import FSQ, KL, VQ, Plain
 from autoencoder.model import convolutional
 from autoencoder.nets import Downsample
 from ldm.common.build import build, check
@@ -94,6 +94,21 @@ def test_codes_are_the_latents_of_the_decoder(learn):
         assert torch.allclose(model.decode_codes(codes), model.decode(model.encode(x)), atol=1e-5)
         assert torch.allclose(model.decode_codes(codes), model(x)[0], atol=1e-5)
         assert torch.equal(codes, model(x)[1].codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bottleneck", [VQ(3, 64), FSQ([8, 6, 5])], ids=["vq", "fsq"])
+def test_codes_do_not_feel_autocast(bottleneck):
+    model = convolutional(bottleneck, mult=[1, 2], **SMALL).eval()
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    if isinstance(bottleneck, VQ):
+        bottleneck.codebook.normal_(std=model.moments(x)[0].std())
+    codes = model.codes(x)
+    y = model.decode_codes(codes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.codes(x), codes)
+        assert model.decode_codes(codes).dtype == torch.float32 and torch.equal(model.decode_codes(codes), y)
+    assert model.to(torch.bfloat16).decode_codes(codes).dtype == torch.float32
 
 
 def test_asking_for_codes_teaches_the_codebook_nothing():

@@ -147,6 +147,8 @@ def test_a_kind_with_codes_is_refused_where_its_latent_would_be_changed():
     for regulariser in (DecoderNoise(), Equivariance(preserve=0.0, smallest=8)):
         with pytest.raises(UserError, match="DecoderNoise and Equivariance.*codes"):
             Regularisers([regulariser]).reconstruct(autoencoder, torch.zeros(4, 3, 16, 16), None, CHANCE)
+        with pytest.raises(UserError, match="DecoderNoise and Equivariance.*codes"):  # before training, not at the first
+            Regularisers([regulariser]).connect(autoencoder)  # batch that it would change
 
 
 def test_margins_by_hand():

@@ -131,6 +131,14 @@ def test_what_only_training_needs_is_left_behind(tmp_path, caplog):
     assert f"{len(weights)} weights in the layout of CompVis; left behind: 3 of loss, 1 of colorize" in caplog.text
 
 
+def test_numbers_beside_the_weights_are_left_behind(tmp_path):
+    _, weights = made(yaml_of())
+    path = saved(tmp_path / "x.ckpt", weights)
+    torch.save({**weights, "epoch": 3, "global_step": 7, "note": "x", "lr": None}, tmp_path / "flat.ckpt")
+    for config in (yaml_of(), None):
+        assert ldm.load(tmp_path / "flat.ckpt", config).content_hash() == ldm.load(path, config).content_hash()
+
+
 def test_averaged_weights(tmp_path, caplog):
     _, weights = made(yaml_of("VQModel"))
     averages = {"model_ema." + key.replace(".", ""): value + 1 for key, value in weights.items()}
