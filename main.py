@@ -161,7 +161,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
         data, validation, panel = parts.prepared(stage, module, args.logdir, group.strategy.root_device, tell)
         pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
         trainer = make_trainer(stage, plugins=[saver.io], callbacks=[
-            timer, *upkeep(stage), seeding.Seeding(stage.seed),
+            timer, *upkeep(stage, folder), seeding.Seeding(stage.seed),
             metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
             progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
         ])  # fmt: skip
@@ -189,12 +189,12 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
             board.finish()
 
 
-def upkeep(stage) -> list:
+def upkeep(stage, folder) -> list:
     """Callbacks that belong to the training module of a stage; an autoencoder's does the same by itself."""
     from ldm.callbacks.ema import EmaUpdate
     from ldm.callbacks.finite import FiniteGradients
 
-    return [FiniteGradients(), EmaUpdate()] if stage.kind == "diffusion" else []
+    return [FiniteGradients(), EmaUpdate(folder / "averages")] if stage.kind == "diffusion" else []
 
 
 def make_trainer(stage, **options):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -18,19 +19,21 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.common.build import TRUSTED, build, is_block, plain
-from ldm.common.files import UserError, atomic_write, digest, nearest
+from ldm.common.files import UserError, atomic_write, digest
+from ldm.common.named import Spec, pick
 from ldm.common.random import generator
 from ldm.common.weights import compare, content, evaluating, without_weights
 from ldm.cond import Cond
-from ldm.denoiser import Denoiser, bind, build_denoiser
-from ldm.guidance import cfg_batched
+from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
+from ldm.guidance import batched, cfg, rescale, within
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow
 from ldm.samplers import SAMPLERS, Callback
-from ldm.times import TIMES
+from ldm.times import make_times
 
 log = logging.getLogger(__name__)
 
+GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None}  # low <= t <= high: where it guides; None: everywhere
 DEFAULTS = {"sampler": "dpmpp_2m", "steps": 20, "times": "linear", "guidance": 3.0}
 PACKAGES = ("torch", "transformers", "safetensors")  # whose versions a checkpoint and a picture name
 DECODED = 2**20  # pixels that are decoded at a time
@@ -41,7 +44,8 @@ class Bundle(nn.Module):
 
     Args:
         config: the resolved config that the parts were built from; ``describe`` and ``save`` need it.
-        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W].
+        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W]; plain
+            data, as a config writes it.
         about: what else a checkpoint says of itself: encoder_hash, data.
     """
 
@@ -74,8 +78,9 @@ class Bundle(nn.Module):
                 conditioner = without_weights(lambda: build(params["conditioner"], allowed=allowed))
             process = build(params["process"], allowed=allowed) if params.get("process") else RectifiedFlow()
             network, parameterization = params.get("network"), params.get("parameterization", "flow")
-            denoiser = without_weights(
-                lambda: build_denoiser(network, process, parameterization, autoencoder, conditioner, allowed))
+            variance = params.get("variance", "fixed")
+            denoiser = without_weights(lambda: build_denoiser(network, process, parameterization, autoencoder, conditioner,
+                                                              allowed, variance, params.get("self_conditioning", False)))
         return cls(autoencoder, conditioner, denoiser, config, sampling or config.get("sampling"), about).eval()
 
     def assign(self, weights: Mapping[str, Tensor], origin: str = "weights") -> Bundle:
@@ -114,10 +119,13 @@ class Bundle(nn.Module):
         })  # fmt: skip
 
     def _resolved(self) -> dict:
-        """The config, in which an autoencoder that came from a file (one with a ``block``) is built anew without it."""
+        """The config, in which parts that came from a file (those with a ``block``) are built anew without it."""
         config, block = plain(self.config), getattr(self.autoencoder, "block", None)
         if block is not None:
             (config if config.get("autoencoder") else config["model"]["params"])["autoencoder"] = block
+        block = getattr(self.denoiser and self.denoiser.process, "block", None)
+        if block is not None:
+            config["model"]["params"]["process"] = block
         return config
 
     def save(self, path: str | Path) -> None:
@@ -137,9 +145,9 @@ class Bundle(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: str | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
-                 sampler: str | Callable | None = None, guidance: float | None = None, seed: int = 0,
+                 sampler: Spec | Callable | None = None, guidance: float | Mapping | None = None, seed: int = 0,
                  size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
-                 times: str | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
+                 times: Spec | Sequence[float] | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
                  batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
@@ -148,10 +156,13 @@ class Bundle(nn.Module):
 
         Args:
             prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]}.
-            guidance: scale of classifier-free guidance; 1: none.
+            sampler: a name in SAMPLERS, {"name": "ddim", "eta": 0.5}, or a function like those.
+            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale"} what is to be
+                another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891).
             size: height and width of the pictures.
             x_T: (B,C,h,w) what sampling starts from, in place of noise.
-            times: a name in TIMES, or decreasing times (N+1,) of the process, which then say the number of steps too.
+            times: a name in TIMES, {"name": "karras", "rho": 5}, or decreasing times (N+1,) of the process: as they are
+                without ``steps``, else brought to that number (see ``ldm.times.make_times``).
             callback: called as callback(step, t, x, prediction) at every step of every batch.
             negative_prompt: what guidance leads away from, one text or one for each picture; None: the empty condition.
             batch_size: pictures at a time; None: all.
@@ -165,22 +176,24 @@ class Bundle(nn.Module):
             raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
                             "give the checkpoint of a diffusion model (stage 2)")
         batch, n = _batch(prompts)
+        plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
+        sampler, guidance = plan["sampler"], plan["guidance"]
         if not callable(sampler):
-            sampler = SAMPLERS[known(sampler or self.sampling["sampler"], SAMPLERS, "sampler")]
-        times = self._times(times, steps)
-        guidance = float(self.sampling["guidance"] if guidance is None or guidance is ... else guidance)
+            sampler = pick(sampler, SAMPLERS, "sampler")
+        times = make_times(plan["times"], self.denoiser.process, plan["steps"])
         shape = self._latent_shape(size, x_T)
         indices = list(range(n)) if indices is None else list(indices)
         negative = [negative_prompt] * n if isinstance(negative_prompt, str) else negative_prompt
         for name, given in (("indices", indices), ("negative_prompt", negative), ("x_T", x_T)):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
-        self._check_conditioner(guidance)
+        self._check_conditioner(guidance["scale"])
+        spread = float(torch.hypot(*self.denoiser.process.exact(times[:1].double())))  # of x_T, for data of unit variance
         pictures = []
         with evaluating(self):
             for rows in _parts(n, batch_size):
                 sources = [generator(seed + index) for index in indices[rows]]
-                x = _normal(shape, sources) * self.denoiser.process.prior_std() if x_T is None else x_T[rows].float()
+                x = _normal(shape, sources) * spread if x_T is None else x_T[rows].float()
                 part = {key: value[rows] for key, value in batch.items()}
                 z = sampler(self._guided(part, negative and negative[rows], guidance), x.to(self.device), times,
                             self.denoiser.process, callback=callback,
@@ -188,16 +201,39 @@ class Bundle(nn.Module):
                 pictures.append(self._decode(z, tile))
         return torch.cat(pictures)
 
-    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: float) -> Denoise:
+    def plan(self, *, sampler: Spec | Callable | None = None, steps: int | None = None,
+             times: Spec | Sequence[float] | Tensor | None = None, guidance: float | Mapping | None = None) -> dict:
+        """What ``generate`` does with these arguments: all four, None being replaced by what the model says."""
+        asked = {"sampler": sampler, "steps": steps, "times": times}
+        plan = {key: self.sampling[key] if value is None else value for key, value in asked.items()}
+        if not isinstance(plan["times"], (str, Mapping)) and (steps is None and times is not None):
+            plan["steps"] = len(times) - 1
+        if not isinstance(plan["steps"], int) or plan["steps"] < 1:
+            raise UserError(f"steps: {plan['steps']}; it takes a whole number from 1")
+        said = [{} if each is None or each is ... else each if isinstance(each, Mapping) else {"scale": float(each)}
+                for each in (self.sampling["guidance"], guidance)]  # fmt: skip
+        plan["guidance"] = GUIDANCE | dict(said[0]) | dict(said[1])
+        if unknown := plan["guidance"].keys() - GUIDANCE.keys():
+            raise UserError(f"guidance: no such part {', '.join(sorted(unknown))}; there are {', '.join(GUIDANCE)}")
+        return plan
+
+    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping) -> Denoise:
         """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
         cond = Cond() if self.conditioner is None else self.conditioner(batch)
-        if len(cond) == 0 or guidance == 1:
-            denoise = bind(self.denoiser, cond)
-        elif negative is None:
-            denoise = cfg_batched(self.denoiser, cond, self.conditioner.null(len(cond)), guidance)
-        else:
-            rest = {key: value for key, value in batch.items() if not key.startswith("text_")}
-            denoise = cfg_batched(self.denoiser, cond, self.conditioner(rest | {"caption": negative}), guidance)
+        denoiser = Remembering(self.denoiser)
+        denoise = bind(denoiser, cond)
+        if len(cond) and guidance["scale"] != 1:
+            if negative is None:
+                away = self.conditioner.null(len(cond))
+            else:
+                rest = {key: value for key, value in batch.items() if not key.startswith("text_")}
+                away = self.conditioner(rest | {"caption": negative})
+            towards, away = batched(denoiser, cond, away)
+            guided = cfg(towards, away, guidance["scale"])
+            if guidance["rescale"]:
+                guided = rescale(guided, towards, self.denoiser.process, guidance["rescale"])
+            low, high = (math.inf * side if at is None else at for side, at in ((-1, guidance["low"]), (1, guidance["high"])))
+            denoise = within(low, high, guided, denoise)
         dtype = next(self.denoiser.parameters()).dtype
 
         def in_precision(x: Tensor, t: Tensor) -> Prediction:
@@ -209,15 +245,6 @@ class Bundle(nn.Module):
     def _decode(self, z: Tensor, tile: int | None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
         rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))
         return torch.cat([self.autoencoder.decode(part, tile) for part in z.split(rows)]).clamp(-1, 1)
-
-    def _times(self, times: str | Tensor | None, steps: int | None) -> Tensor:
-        if isinstance(times, Tensor):
-            return times
-        times = self.sampling["times"] if times is None else times
-        steps = self.sampling["steps"] if steps is None else steps
-        if not isinstance(steps, int) or steps < 1:
-            raise UserError(f"steps: {steps}; it takes a whole number from 1")
-        return TIMES[known(times, TIMES, "times")](self.denoiser.process, steps)
 
     def _latent_shape(self, size: Sequence[int] | None, x_T: Tensor | None) -> tuple[int, int, int]:
         factor = self.autoencoder.factor
@@ -257,15 +284,6 @@ def check_size(height: int, width: int, factor: int, multiple: int) -> None:
     near = " or ".join(dict.fromkeys(f"{h} x {w}" for h, w in (low, high)))
     raise UserError(f"height {height} x width {width}: both have to be multiples of {unit} (autoencoder {factor}, "
                     f"network {multiple}); nearest: {near}")
-
-
-def known(name: str, table: Mapping[str, Any], what: str) -> str:
-    """The name, if the table has it; else UserError with the nearest and all that there are."""
-    if name in table:
-        return name
-    near = nearest(str(name), table)
-    hint = f"; nearest: {near!r}" if near else ""
-    raise UserError(f"{what}: there is no {name!r}{hint}; there are {', '.join(table)}")
 
 
 def versions() -> dict[str, str]:

@@ -11,14 +11,17 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.common.build import Block
-from ldm.common.ema import Ema
+from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
 from ldm.denoiser import build_denoiser, impossible
+from ldm.densities import Density, Uniform
 from ldm.latents import Spread, check_scale, spread
-from ldm.loss import WEIGHTS, LogitNormal, MinSNR, Uniform, diffusion_loss
+from ldm.loss import Huber, Objective, PseudoHuber, Variational, diffusion_loss, misfits
+from ldm.parameterization import Preconditioned
 from ldm.process import Process, RectifiedFlow
+from ldm.weights import Uncertainty, Weight
 
 QUARTILES = 4
 
@@ -36,34 +39,48 @@ class DiffusionModule(pl.LightningModule):
         autoencoder, seed, sampling: given by the program.
         conditioner: batch -> Cond; None trains without conditions.
         network: block of the network; its sizes follow from the autoencoder and the conditioner.
-        process, parameterization: see ``ldm.process``, ``ldm.parameterization``.
-        density: draws t from uniform numbers; weight: a name of ``ldm.loss.WEIGHTS`` or an object.
+        process, parameterization, variance, self_conditioning: see ``ldm.process``, ``ldm.parameterization``,
+            ``ldm.denoiser``.
+        density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible: of the loss, see
+            ``ldm.loss.Objective``, ``ldm.densities``, ``ldm.weights``.
         optimizer, schedule: blocks; no schedule: a constant learning rate.
         latents: train on draws of q(z|x), or on its mode, which suits decoders that were trained on wide posteriors.
         statistics: "check" refuses latents whose standard deviation is not about 1; an autoencoder that was never measured
             (one trained elsewhere, or pixels) is measured on the training data first. "measure" measures any autoencoder
             anew; "force" measures nothing and warns in place of refusing.
-        ema_decay: of the averaged weights that sampling uses; None keeps none.
+        ema_decay: of the averaged weights that sampling uses, a number or a profile (``ldm.common.ema``); None keeps none.
+        snapshots: averages that are saved along the way, for others of any width after the fact.
     """
 
     kind = "diffusion"
     given = ("autoencoder", "seed", "sampling")
 
     def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
-                 process: Process | None = None, parameterization: Literal["noise", "data", "v", "flow"] = "flow",
-                 density: Uniform | LogitNormal | None = None, weight: Literal["uniform", "min_snr"] | MinSNR = "uniform",
+                 process: Process | None = None,
+                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous"] | Preconditioned = "flow",
+                 variance: Literal["fixed", "learned", "learned_range"] = "fixed",
+                 density: Density | None = None,
+                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb"]
+                 | Weight = "uniform",
+                 distance: Literal["mse", "l1", "huber", "pseudo_huber"] | Huber | PseudoHuber = "mse",
+                 uncertainty: Uncertainty | None = None, variational: Variational | None = None,
+                 draws: Literal["independent", "stratified"] = "independent", offset_noise: float = 0.0,
+                 immiscible: bool = False, self_conditioning: bool = False,
                  schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
                  statistics: Literal["check", "measure", "force"] = "check",
-                 ema_decay: float | None = 0.9999, seed: int = 23, sampling: dict | None = None):
+                 ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
+                 seed: int = 23, sampling: dict | None = None):
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
-        denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner)
+        denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
+                                  variance=variance, self_conditioning=self_conditioning)
         self.model = nn.ModuleDict({"denoiser": denoiser})
         if conditioner is not None:
             self.model["conditioner"] = conditioner
         self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
-        self.density = density or Uniform()
-        self.weight = WEIGHTS[weight] if isinstance(weight, str) else weight
+        self.snapshots, self.averages = snapshots, None if snapshots is None else snapshots.averages(self.model)
+        self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
+        self.loss.attach(denoiser.process, variance)
         self.optimizer, self.schedule = optimizer, schedule
         self.latents, self.statistics = latents, statistics
         self.seed, self.sampling = seed, dict(sampling or {})
@@ -81,10 +98,12 @@ class DiffusionModule(pl.LightningModule):
     def training_step(self, batch: dict, index: int) -> Tensor:
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
-        t = self.density(uniform(self.seed, "t", positions, z.device), self.model["denoiser"].process)
-        noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
+        t = self.loss.times(positions, self.seed, self.model["denoiser"].process, z.device)
+        noise = self.loss.noise(z, positions, self.seed)
         cond = self.condition(self.model, batch, uniform(self.seed, "drop", positions, z.device))
-        loss = diffusion_loss(self.model["denoiser"], z, cond, t, noise, self.weight).mean()
+        again = uniform(self.seed, "again", positions, z.device) < 0.5
+        losses = self.loss(self.model["denoiser"], z, cond, t, noise, again)
+        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
         self.images_seen += len(z) * self.trainer.world_size
         self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
         return loss
@@ -143,14 +162,14 @@ class DiffusionModule(pl.LightningModule):
         return cond if chance is None or not conditioner.dropout else conditioner.drop(cond, chance >= conditioner.dropout)
 
     def configure_optimizers(self) -> dict:
-        optimizer = make_optimizer(self.optimizer, self.model)
+        optimizer = make_optimizer(self.optimizer, nn.ModuleDict({"model": self.model, "loss": self.loss}))
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         return {"optimizer": optimizer,
                 "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
 
     def train(self, mode: bool = True) -> DiffusionModule:
         super().train(mode)
-        for frozen in (self.autoencoder, self.ema):
+        for frozen in (self.autoencoder, self.ema, self.averages):
             if frozen is not None:
                 frozen.eval()
         return self
@@ -168,11 +187,20 @@ def _conditioner(model: nn.ModuleDict) -> nn.Module | None:
 
 def _check_params(params: dict, path: str) -> list[str]:
     """Combinations that cannot be, found before anything is built (see ``ldm.common.build.check``)."""
-    from ldm.common.build import build
+    from ldm.common.build import build, is_block
 
-    process = params.get("process")
-    process = build(process) if process else RectifiedFlow()
-    return [f"{path}.parameterization: {problem}" for problem in impossible(process, params.get("parameterization", "flow"))]
+    parts = {"process": params.get("process"), "parameterization": params.get("parameterization", "flow"),
+             **{name: params.get(name) for name in ("density", "uncertainty", "variational")}}  # fmt: skip
+    for name, part in parts.items():
+        try:
+            parts[name] = build(part) if is_block(part) else part
+        except ValueError as error:
+            return [f"{path}.{name}: {error}"]
+    process, parameterization = parts["process"] or RectifiedFlow(), parts["parameterization"]
+    variance = params.get("variance", "fixed")
+    return [*(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
+            *(f"{path}.{problem}" for problem in misfits(process, variance, parts["density"], parts["uncertainty"],
+                                                         parts["variational"]))]  # fmt: skip
 
 
 DiffusionModule.check_params = staticmethod(_check_params)

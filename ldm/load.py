@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 READ = "read are a .ckpt or .safetensors that this program wrote, a run folder, and autoencoders of CompVis and diffusers"
 PARTS = ("autoencoder", "conditioner", "denoiser")
-LEFT_BEHIND = ("critic", "loss", "regularisers")  # what only training needs
+LEFT_BEHIND = ("critic", "loss", "regularisers", "averages")  # what only training needs
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"lora": "a LoRA, which changes another model and is none by itself",

@@ -2,6 +2,8 @@
 
     [x_t]   [alpha  sigma] [x0 ]
     [ F ] = [  p      q  ] [eps]        inverted: x0 and eps from any network; read forwards: its training target
+
+PARAMETERIZATIONS are functions of the time at hand, STEPWISE of that time and of the one before it on a discrete process.
 """
 
 from __future__ import annotations
@@ -47,7 +49,39 @@ def flow(alpha: Tensor, sigma: Tensor) -> Pair:
     return -torch.ones_like(alpha), torch.ones_like(sigma)
 
 
-PARAMETERIZATIONS: dict[str, Callable[[Tensor, Tensor], Pair]] = {"noise": noise, "data": data, "v": v, "flow": flow}
+class Preconditioned:
+    """F of unit variance for data of standard deviation sigma_data (2206.00364, table 1), for any alpha and sigma.
+
+    With y = x_t / alpha and s = sigma / alpha the paper's D = c_skip(s) y + c_out(s) F is x0, where
+    c_skip = sigma_data^2 / (s^2 + sigma_data^2), c_out = s sigma_data / sqrt(s^2 + sigma_data^2). Solved for F, with r the
+    standard deviation of x_t:  F = (sigma / sigma_data * x0 - alpha sigma_data * eps) / r.
+
+    Args:
+        sigma_data: 1 for latents, which come at unit scale; the paper has 0.5 for pictures in [-1, 1].
+    """
+
+    def __init__(self, sigma_data: float = 1.0):
+        if sigma_data <= 0:
+            raise ValueError(f"sigma_data: {sigma_data}; a standard deviation is above 0")
+        self.sigma_data = sigma_data
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> Pair:
+        c_in = self.c_in(alpha, sigma)
+        return c_in * sigma / self.sigma_data, -c_in * alpha * self.sigma_data
+
+    def c_in(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """1 / r: what x_t is multiplied by before the network sees it."""
+        return 1 / torch.hypot(alpha * self.sigma_data, sigma)
+
+
+def previous(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Pair:
+    """F = mean of q(x_s | x_t, x0), s the step before t (DDPM, 2006.11239, eq. 7 with x_t = alpha x0 + sigma eps)."""
+    return alpha_s, alpha * sigma_s**2 / (alpha_s * sigma)
+
+
+Parameterization = Callable[[Tensor, Tensor], Pair]
+PARAMETERIZATIONS: dict[str, Parameterization] = {"noise": noise, "data": data, "v": v, "flow": flow, "edm": Preconditioned()}
+STEPWISE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Pair]] = {"previous": previous}
 
 
 def target(x0: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -55,7 +89,14 @@ def target(x0: Tensor, eps: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return p * x0 + q * eps
 
 
-def solve(x_t: Tensor, f: Tensor, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Prediction:
-    """x0 and eps from x_t and F: the 2 x 2 system by Cramer's rule. All broadcast against x_t."""
+def inverse(alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> tuple[Pair, Pair]:
+    """-> (a, b), (c, d) with x0 = a x_t + b F and eps = c x_t + d F, by Cramer's rule. In fp64: the determinant of
+    ``previous`` is the small difference of two numbers."""
     determinant = alpha * q - sigma * p
-    return Prediction((q * x_t - sigma * f) / determinant, (alpha * f - p * x_t) / determinant)
+    return (q / determinant, -sigma / determinant), (-p / determinant, alpha / determinant)
+
+
+def solve(x_t: Tensor, f: Tensor, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Prediction:
+    """x0 and eps from x_t and F. All broadcast against x_t."""
+    (a, b), (c, d) = inverse(alpha, sigma, p, q)
+    return Prediction(a * x_t + b * f, c * x_t + d * f)

@@ -8,10 +8,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ldm.betas import SCHEDULES, numbers, spaced, zero_terminal_snr
+from ldm.common.files import UserError
+
+Number = Tensor | float
+Variance = Literal["small", "large", "learned", "learned_range"]
+
+
+class StepPosterior(NamedTuple):
+    """q(x_s | x_t, x0) = N(x0 * data + xt * x_t, variance) for s before t; ``beta`` is the variance of q(x_t | x_s)."""
+
+    x0: Number
+    xt: Number
+    variance: Number
+    beta: Number
+
+
+def step_posterior(alpha: Number, sigma: Number, alpha_s: Number, sigma_s: Number) -> StepPosterior:
+    """Bayes' rule for one step from t to s < t; numbers, or fp64 tensors of one shape (DDPM, 2006.11239, eq. 6 and 7).
+
+    q(x_t | x_s) = N(a x_s, beta) with a = alpha / alpha_s, and q(x_s | x0) = N(alpha_s x0, sigma_s^2).
+    """
+    a = alpha / alpha_s
+    beta = (sigma - a * sigma_s) * (sigma + a * sigma_s)  # sigma^2 - a^2 sigma_s^2
+    share = (sigma_s / sigma) ** 2
+    return StepPosterior(alpha_s * beta / sigma**2, a * share, beta * share, beta)
+
+
+def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Variance = "small",
+                 floor: Number = 1e-20) -> Tensor:
+    """Log of the variance of p(x_s | x_t), in the type of ``var`` (fp64 without), which ``posterior`` broadcasts against.
+
+    Args:
+        var: what the network says of it (B,C,h,w).
+        kind: small: that of the posterior; large: beta (DDPM, section 3.2); learned: ``var`` is the log variance;
+            learned_range: between the two, log = v log(beta) + (1 - v) log(variance) with v = (var + 1) / 2
+            (Improved DDPM, 2102.09672, eq. 15).
+        floor: stands for the variance 0 of the step to the data. Improved DDPM takes the variance of the step before
+            it, ``process.posterior(1, 0).variance``; CompVis 1e-20.
+    """
+    if kind == "learned":
+        return var
+    variance, beta, floor = (torch.as_tensor(c, dtype=torch.float64) for c in (posterior.variance, posterior.beta, floor))
+    small = torch.where(variance > 0, variance, floor).log()
+    if kind == "learned_range":
+        share = (var + 1) / 2
+        return share * beta.log().to(var) + (1 - share) * small.to(var)
+    fixed = small if kind == "small" else torch.where(variance > 0, beta, floor).log()
+    return fixed if var is None else fixed.to(var)
+
+
+def in_double(t: Tensor) -> Tensor:
+    """In fp64, on the processor where t's device is one of Apple's, which have none."""
+    return (t.cpu() if t.device.type == "mps" else t).double()
 
 
 class Process:
@@ -24,9 +79,8 @@ class Process:
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:  # (B,) -> (B,), (B,)
         """alpha(t) and sigma(t) in t's floating type (fp32 for integers)."""
-        exact = (t.cpu() if t.device.type == "mps" else t).double()  # Apple's GPUs have no fp64
         dtype = t.dtype if t.is_floating_point() else torch.float32
-        alpha, sigma = self.exact(exact)
+        alpha, sigma = self.exact(in_double(t))
         return alpha.to(t.device, dtype), sigma.to(t.device, dtype)
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,6 +91,23 @@ class Process:
         """lambda(t) = log(alpha / sigma), half of the log signal-to-noise ratio (DPM-Solver, 2206.00927)."""
         alpha, sigma = self.exact(t.double())
         return alpha.log() - sigma.log()
+
+    def when(self, log_snr: Tensor) -> Tensor:
+        """The inverse of ``log_snr``, fp64, by search: the time where lambda(t) is that, or the nearest end."""
+        wanted = log_snr.double().unsqueeze(-1)
+        low, high = torch.full_like(wanted, self.t_data), torch.full_like(wanted, self.t_max)
+        shares = torch.linspace(0, 1, 65, dtype=torch.float64, device=wanted.device)
+        for _ in range(9):  # 64^9 parts
+            grid = torch.lerp(low, high, shares)
+            above = (self.log_snr(grid) > wanted).sum(-1, keepdim=True).clamp(1, 64)
+            low, high = grid.gather(-1, above - 1), grid.gather(-1, above)
+        return ((low + high) / 2).squeeze(-1)
+
+    def posterior(self, t: Number, s: Number) -> StepPosterior:
+        """q(x_s | x_t, x0) in fp64, of the shape of t and s; s < t."""
+        t, s = (in_double(time) if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
+                for time in (t, s))  # fmt: skip
+        return step_posterior(*self.exact(t), *self.exact(s))
 
     def time(self, t: Tensor) -> Tensor:
         """What the network is told: t on DDPM's scale of 0..1000."""
@@ -53,68 +124,22 @@ class Process:
         return float(torch.hypot(alpha, sigma))
 
 
-def linear_betas(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """DDPM, 2006.11239, section 4: betas linear in t (CompVis calls this one sqrt_linear)."""
-    return torch.linspace(start, end, steps, dtype=torch.float64)
+class Discrete(Process):
+    """T steps, t = 0..T-1: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
 
-
-def scaled_linear_betas(steps: int, start: float = 0.00085, end: float = 0.012) -> Tensor:
-    """LDM, Stable Diffusion: square roots of the betas linear in t (CompVis calls this one linear)."""
-    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-
-
-def sqrt_betas(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """CompVis' sqrt: the square root of the linear betas."""
-    return torch.linspace(start, end, steps, dtype=torch.float64) ** 0.5
-
-
-def cosine_betas(steps: int, start: float = 8e-3, end: float = 0.999) -> Tensor:
-    """Improved DDPM, 2102.09672, eq. 17: alpha_bar = f(t) / f(0), f(t) = cos^2((t + s) / (1 + s) * pi / 2); s = start,
-    betas <= end."""
-    t = torch.arange(steps + 1, dtype=torch.float64) / steps
-    f = torch.cos((t + start) / (1 + start) * math.pi / 2) ** 2
-    alpha_bar = f / f[0]
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, end)
-
-
-def sigmoid_betas(steps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
-    """DDPM's sigmoid schedule: betas follow a sigmoid over [-6, 6]."""
-    return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (end - start) + start
-
-
-SCHEDULES: dict[str, Callable[..., Tensor]] = {
-    "linear": linear_betas, "scaled_linear": scaled_linear_betas, "sqrt": sqrt_betas, "cosine": cosine_betas,
-    "sigmoid": sigmoid_betas,
-}
-
-
-def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
-    """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first is kept (2305.08891, algorithm 1)."""
-    root = alpha_bar.sqrt()
-    return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-
-
-class DDPM(Process):
-    """T discrete steps from a schedule of betas: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
-
-    Args:
-        start, end: first and last beta of the schedule (its own default if None).
-        zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+    alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t.
     """
 
     t_data = -1.0
     t_min = 0.0
 
-    def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
-                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False):
-        given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
-        betas = SCHEDULES[schedule](steps, **given)
-        alpha_bar = torch.cumprod(1 - betas, 0)
-        self.alpha_bar = zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar  # (T,) fp64
-        self.t_max = float(steps - 1)
-        self.straight = float(self.alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
+    def __init__(self, alpha_bar: Tensor, told: Tensor | None = None):
+        self.alpha_bar = alpha_bar
+        self.t_max = float(len(alpha_bar) - 1)
+        self.straight = float(alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
         # index 0 is the data (t = -1), index k is t = k - 1
-        self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * self.alpha_bar.log()])
+        self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * alpha_bar.log()])
+        self._told = None if told is None else torch.cat([-torch.ones(1, dtype=torch.float64), told.double()])
 
     @property
     def betas(self) -> Tensor:  # (T,) fp64
@@ -123,13 +148,79 @@ class DDPM(Process):
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Between steps log(alpha) is linear: the VP diffusion whose beta is constant from one step to the next."""
-        table = self._log_alpha.to(t.device)
-        index = (t + 1).clamp(0, len(table) - 1)
-        low = index.floor().long().clamp(max=len(table) - 2)
-        part = index - low
-        log_alpha = torch.where(part == 0, table[low], torch.where(
-            part == 1, table[low + 1], torch.lerp(table[low], table[low + 1].clamp(min=-50.0), part)))
+        log_alpha = _between(self._log_alpha.to(t.device), t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
+
+    def time(self, t: Tensor) -> Tensor:
+        if self._told is None:
+            return t
+        return _between(self._told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
+
+
+def _between(table: Tensor, t: Tensor) -> Tensor:
+    """Values of a table that begins at t = -1, linear in between; -inf, at the end only, counts as -50 on the way to it."""
+    index = (t + 1).clamp(0, len(table) - 1)
+    low = index.floor().long().clamp(max=len(table) - 2)
+    part = index - low
+    return torch.where(part == 0, table[low], torch.where(
+        part == 1, table[low + 1], torch.lerp(table[low], table[low + 1].clamp(min=-50.0), part.to(table.dtype))))
+
+
+class DDPM(Discrete):
+    """T steps from a schedule of betas.
+
+    Args:
+        start, end: first and last beta of the schedule (its own default if None).
+        zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+    """
+
+    def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
+                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False):
+        given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
+        alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
+        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar)
+
+
+class Table(Discrete):
+    """T steps from numbers: a list, or a file (.npy, .pt, .safetensors that hold one tensor).
+
+    Args:
+        alpha_bar: products of 1 - beta, decreasing from below 1 to 0 or above; betas: in their place. One of both.
+        zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+
+    A checkpoint holds the numbers themselves: ``block`` is this process's config without the file.
+    """
+
+    def __init__(self, alpha_bar: list[float] | Path | None = None, betas: list[float] | Path | None = None,
+                 zero_terminal: bool = False):
+        if (alpha_bar is None) == (betas is None):
+            raise UserError("a table of noise levels is given as alpha_bar or as betas: one of both")
+        table = numbers("alpha_bar", alpha_bar) if betas is None else torch.cumprod(1 - numbers("betas", betas), 0)
+        before = torch.cat([table.new_ones(1), table[:-1]])
+        wrong = (~((table < before) & (table >= 0))).nonzero().flatten().tolist()
+        if wrong:
+            k = wrong[0]
+            raise UserError(f"alpha_bar[{k}] is {float(table[k]):g} after {float(before[k]):g}: alpha-bar, the product of "
+                            "1 - beta, has to decrease at every step, from below 1 and not below 0")
+        super().__init__(zero_terminal_snr(table) if zero_terminal else table)
+        self.block = {"target": "ldm.process.Table", "params": {"alpha_bar": self.alpha_bar.tolist()}}
+
+
+def respaced(process: Discrete, kept: list[int] | str) -> Discrete:
+    """Some of the steps of a discrete process as a process of its own, whose network is told the times of the whole one
+    (Improved DDPM, 2102.09672, section 4: betas from the alpha_bar that are left).
+
+    kept: the steps, or how to choose them (see ``spaced``).
+    """
+    steps = len(process.alpha_bar)
+    kept = spaced(steps, kept) if isinstance(kept, str) else sorted(set(kept))
+    if not kept or kept[0] < 0 or kept[-1] >= steps:
+        raise UserError(f"kept: expected steps between 0 and {steps - 1}, got {kept[:1]} to {kept[-1:]}")
+    rows = torch.tensor(kept)
+    found = Discrete(process.alpha_bar[rows], process.time(rows.double()))
+    if hasattr(process, "block"):
+        found.block = {"target": "ldm.process.respaced", "params": {"process": process.block, "kept": kept}}
+    return found
 
 
 class VP(Process):
@@ -161,18 +252,36 @@ class Cosine(Process):
         return 1000.0 * t
 
 
+def sd3_shift(tokens: int, base: int = 1024) -> float:
+    """sqrt(m / n) for pictures of m tokens where no shift is right for n (2403.03206, eq. 23); 1024 are 512 x 512 pixels
+    at a factor of 8 and patches of 2."""
+    return math.sqrt(tokens / base)
+
+
+def flux_shift(tokens: int, base: tuple[int, float] = (256, 0.5), most: tuple[int, float] = (4096, 1.15)) -> float:
+    """exp(mu), mu on the line through (tokens, mu) = base and most: flux, and diffusers' dynamic shifting."""
+    slope = (most[1] - base[1]) / (most[0] - base[0])
+    return math.exp(base[1] + slope * (tokens - base[0]))
+
+
+SHIFTS: dict[str, Callable[[int], float]] = {"sd3": sd3_shift, "flux": flux_shift}
+
+
 class RectifiedFlow(Process):
     """Straight lines, x_t = (1 - t) x0 + t eps, t in [0, 1] (2209.03003, 2210.02747).
 
     Args:
-        shift: resolution shift s of 2403.03206, eq. 23: t -> s t / (1 + (s - 1) t); above 1 means more noise.
+        shift: resolution shift s of 2403.03206, eq. 23: t -> s t / (1 + (s - 1) t); above 1 means more noise. Or how it
+            follows from the number of tokens of a picture: see ``sd3_shift``, ``flux_shift``.
     """
 
     t_min, t_max = 0.0, 1.0
     straight = True
 
-    def __init__(self, shift: float = 1.0):
-        self.shift = shift
+    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None):
+        if isinstance(shift, str) != (tokens is not None):
+            raise UserError(f"shift {shift!r} with tokens {tokens}: 'sd3' and 'flux' need tokens, a number takes none")
+        self.shift = SHIFTS[shift](tokens) if isinstance(shift, str) else shift
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.shift * t / (1 + (self.shift - 1) * t)
@@ -180,7 +289,7 @@ class RectifiedFlow(Process):
 
     def time(self, t: Tensor) -> Tensor:
         """The network is told sigma, not t, so a shift does not change what it knows."""
-        return 1000.0 * self.exact(t.double())[1].to(t.dtype)
+        return 1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype)
 
 
 class EDM(Process):
@@ -191,6 +300,9 @@ class EDM(Process):
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
+
+    def when(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(-log_snr.double())
 
     def time(self, t: Tensor) -> Tensor:
         """c_noise = ln(sigma) / 4, brought to the range 0..1000."""

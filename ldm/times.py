@@ -1,45 +1,266 @@
-"""Lists of times for samplers: (process, n) -> (n + 1,) decreasing, from t_max to the time of clean data.
+"""Lists of times for samplers: (process, n) -> (n + 1,) decreasing, fp64, from t_max to the time of clean data.
 
-The lists of published samplers begin below t_max, and some hold more or fewer steps than n: see each.
+Lists of the first kind space the times themselves, those of the second the noise levels sigma/alpha (the sigma of
+k-diffusion), which every process has: a level becomes a time by inverting sigma(t)/alpha(t). Lists of published samplers
+begin below t_max, end above clean data or hold more steps than n: see each.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ldm.common.named import Spec, pick
 from ldm.process import Process
 
+Times = Callable[..., Tensor]
+End = Literal["data", "first"]  # a list ends at clean data, or at t_min, the noise of the first training step
 
-def linear(process: Process, n: int) -> Tensor:
-    """n + 1 evenly spaced times from t_max to t_data: "trailing" for discrete kinds (2305.08891, table 2)."""
-    return torch.linspace(process.t_max, process.t_data, n + 1, dtype=torch.float64)
+ENDLESS = (0.002, 80.0)  # noise levels between which a process is walked that goes on to 0 or infinity (EDM's)
 
 
-def leading(process: Process, n: int) -> Tensor:
-    """DDIM's choice on T steps (2010.02502): 1 + k * (T // n), k < n; never reaches t_max. Discrete kinds only."""
+# Times.
+
+
+def linear(process: Process, n: int, *, end: End = "data", round: bool = False) -> Tensor:
+    """n + 1 evenly spaced times from t_max to t_data: "trailing" for discrete kinds (2305.08891, table 2).
+
+    round: to whole steps (discrete kinds), as diffusers does where n does not divide T.
+    """
+    times = torch.linspace(process.t_max, process.t_data, n + 1, dtype=torch.float64)
+    if round:
+        _steps(process, n, "linear")
+        times = (times + 1).round() - 1  # ties go to even numbers as they count, from 1
+    return _ended(times, process, end)
+
+
+def shifted(process: Process, n: int, *, shift: float = 3.0) -> Tensor:
+    """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23)."""
+    return _at_shares(process, _shift(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift))
+
+
+def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None) -> Tensor:
+    """diffusers' FlowMatchEuler: n even shares from 1 to `low`, shifted; then clean data.
+
+    Its trap: with a fixed shift the training table's lowest share, 0.001, is shifted already, so that the low end is
+    shifted twice: low = shift * 0.001 / (1 + (shift - 1) * 0.001) says the same. terminal: the shares are stretched about
+    1 so that the last is this one.
+    """
+    share = _shift(torch.linspace(1, low, n, dtype=torch.float64), shift)
+    if terminal is not None:
+        share = 1 - (1 - share) * (1 - terminal) / (1 - share[-1])
+    return _at_shares(process, torch.cat([share, share.new_zeros(1)]))
+
+
+def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
+    """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173)."""
+    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
+    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
+    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
+    total = torch.cumulative_trapezoid(density, logit)
+    found = _interpolate(torch.linspace(1, 0, n + 1, dtype=torch.float64), total / total[-1], share[1:])
+    found[0], found[-1] = 1, 0
+    return _at_shares(process, found)
+
+
+def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data") -> Tensor:
+    """Even times from t_max to t_min, both among them, then clean data (2305.08891, table 2). Not for flows: t_min is clean.
+
+    Discrete kinds: points "n+1" leaves out the last, t_min, as diffusers' DPM-Solver, UniPC and DEIS do; round: to whole
+    steps (not in diffusers' Euler, Heun, LMS).
+    """
+    if process.t_min == process.t_data:
+        raise ValueError(f"times 'linspace' hold t_min and then clean data, which {type(process).__name__} has at the same "
+                         "time; take 'linear'")
+    times = torch.linspace(process.t_max, process.t_min, n + (points == "n+1"), dtype=torch.float64)[:n]
+    return _then(times.round() if round and process.t_data < 0 else times, process, end)
+
+
+def leading(process: Process, n: int, *, offset: int = 1, divide: Literal["n", "n+1"] = "n", end: End = "data") -> Tensor:
+    """DDIM's choice on T steps (2010.02502): offset + k * (T // n), k < n; never reaches t_max. Discrete kinds only.
+
+    The word has two meanings in diffusers: DPM-Solver, UniPC and DEIS divide T by n + 1 and leave out k = 0. offset:
+    its steps_offset. end "first": its set_alpha_to_one=False.
+    """
     steps = _steps(process, n, "leading")
-    return _ladder(torch.arange(n) * (steps // n) + 1, process.t_data, steps, "leading")
+    more = divide == "n+1"
+    return _ladder(torch.arange(n + more)[more:] * (steps // (n + more)) + offset, process, end, "leading")
 
 
 def compvis(process: Process, n: int) -> Tensor:
     """LDM's and Stable Diffusion's DDIM list: 1 + k * (T // n) as long as there are any (n or more), then t = 0, not the
     data: their last step leaves the noise of the first training step. Discrete kinds only."""
     steps = _steps(process, n, "compvis")
-    return _ladder(torch.arange(0, steps, steps // n) + 1, process.t_min, steps, "compvis")
+    return _ladder(torch.arange(0, steps, steps // n) + 1, process, "first", "compvis")
 
 
 def quadratic(process: Process, n: int) -> Tensor:
-    """Their "quad" list: 1 + floor(u^2), u even in [0, sqrt(0.8 T)], then t = 0. Discrete kinds only.
-
-    Small times that are found more than once are kept once: a step from t to t does nothing.
-    """
+    """Squares of even numbers. Discrete kinds, as LDM's "quad" list: 1 + floor(u^2), u even in [0, sqrt(0.8 T)], then t = 0;
+    small times that are found more than once are kept once, for a step from t to t does nothing. Others: shares u^2."""
+    if process.t_data >= 0:
+        return _at_shares(process, torch.linspace(1, 0, n + 1, dtype=torch.float64).square())
     steps = _steps(process, n, "quadratic")
     ladder = torch.linspace(0, math.sqrt(0.8 * steps), n, dtype=torch.float64).square().long() + 1
-    return _ladder(ladder.unique(), process.t_min, steps, "quadratic")
+    return _ladder(ladder.unique(), process, "first", "quadratic")
+
+
+# Noise levels.
+
+
+def karras(process: Process, n: int, *, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None,
+           round: bool = False) -> Tensor:
+    """n levels, even after the root of order rho, then clean data (EDM, 2206.00364, eq. 5). Every process.
+
+    sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite; k-diffusion and diffusers' DPM
+    take those of the whole training range, diffusers' Euler those of the first and last "leading" time. round: to whole
+    steps, at which a network was trained (discrete kinds).
+    """
+    low, high = _range(process, sigma_min, sigma_max)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return _at_levels(process, levels, whole=sigma_max is None, round=round)
+
+
+def polyexponential(process: Process, n: int, *, rho: float = 1.0, sigma_min: float | None = None,
+                    sigma_max: float | None = None, round: bool = False) -> Tensor:
+    """n levels whose logarithms follow a ramp to the power rho, then clean data (k-diffusion). Every process."""
+    low, high = _range(process, sigma_min, sigma_max)
+    ramp = torch.linspace(1, 0, n, dtype=torch.float64) ** rho
+    levels = torch.exp(math.log(low) + ramp * math.log(high / low))
+    return _at_levels(process, levels, whole=sigma_max is None, round=round)
+
+
+def exponential(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None,
+                round: bool = False) -> Tensor:
+    """n levels in even ratios, then clean data (k-diffusion; diffusers' exponential and "lu lambdas"). Every process."""
+    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, round=round)
+
+
+def log_snr(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
+    """n + 1 levels in even ratios, so n equal steps of log(alpha / sigma) (DPM-Solver, 2206.00927, section 3.3). Every
+    process; ends at sigma_min, not at clean data, as theirs."""
+    return exponential(process, n + 1, sigma_min=sigma_min, sigma_max=sigma_max)[:-1]
+
+
+def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1, sigma_min: float | None = None,
+       sigma_max: float | None = None) -> Tensor:
+    """The n levels of a VP diffusion at even times, then clean data (2011.13456; k-diffusion's get_sigmas_vp, whose range
+    is t = 1 .. eps_s). Every process: the even times span its own range of levels."""
+    low, high = (  # level^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) = e^b
+        (math.sqrt(beta_min**2 + 2 * beta_d * b) - beta_min) / beta_d
+        for b in (math.log1p(level**2) for level in _range(process, sigma_min, sigma_max)))
+    t = torch.linspace(high, low, n, dtype=torch.float64)
+    return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), whole=sigma_max is None)
+
+
+def sigmas(process: Process, n: int, *, values: Sequence[float]) -> Tensor:
+    """Your own decreasing levels sigma/alpha, brought to n steps; they end with 0 (clean data), or where one stops."""
+    levels = torch.tensor(values, dtype=torch.float64)
+    if not (len(levels) > 1 and (levels.diff() < 0).all() and levels[-1] >= 0):
+        raise ValueError(f"times 'sigmas': values: expected two or more decreasing noise levels from 0, got {list(values)}")
+    times = _when(process, -levels.log())
+    times[levels == 0] = process.t_data
+    return _stretched(process, times, n)
+
+
+def _align(levels: Sequence[float]) -> Times:
+    def times(process: Process, n: int) -> Tensor:
+        at = _when(process, -torch.tensor(levels, dtype=torch.float64).log())
+        at[0] = process.t_max  # its own where the levels were found
+        return _then(_stretched(process, at, n)[:-1], process, "data")
+
+    times.__doc__ = "Align your steps (2404.14507): its published levels, brought to n steps; then clean data. Every process."
+    return times
+
+
+ays_sd1 = _align([14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029])
+ays_sdxl = _align([14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029])
+
+
+TIMES: dict[str, Times] = {
+    "linear": linear, "trailing": linear, "leading": leading, "linspace": linspace, "compvis": compvis,
+    "quadratic": quadratic, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,
+    "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp, "sigmas": sigmas,
+    "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
+}  # fmt: skip
+
+
+def make_times(spec: Spec | Sequence[float] | Tensor, process: Process, n: int | None = None) -> Tensor:
+    """The times that a name, {name: ..., option: ...} or a list of times asks for.
+
+    A list (M + 1,) is what it says where n is None or M; else the logarithms of its noise levels are interpolated to n
+    steps, its ends being kept ("align your steps", 2404.14507).
+    """
+    if isinstance(spec, (str, Mapping)):
+        return pick(spec, TIMES, "times")(process, n)
+    times = torch.as_tensor(spec, dtype=torch.float64)
+    low, high = min(process.t_data, process.t_min), process.t_max
+    if not (times.ndim == 1 and len(times) > 1 and (times.diff() < 0).all() and times[0] <= high and times[-1] >= low):
+        raise ValueError(f"times: expected two or more decreasing times from {high:g} down to {low:g} at most, got "
+                         f"{times.tolist()}")
+    return times if n is None or n == len(times) - 1 else _stretched(process, times, n)
+
+
+def _when(process: Process, log_snr: Tensor) -> Tensor:
+    """The times (N,) of these log(alpha / sigma); the steps of a discrete process exactly."""
+    times = process.when(log_snr)
+    return torch.where((times - times.round()).abs() < 1e-9, times.round(), times) if process.t_data < 0 else times
+
+
+def _shift(share: Tensor, shift: float) -> Tensor:
+    return shift * share / (1 + (shift - 1) * share)
+
+
+def _at_shares(process: Process, share: Tensor) -> Tensor:
+    """Shares of the way from clean data (0) to t_max (1) -> times."""
+    times = process.t_data + share * (process.t_max - process.t_data)
+    return torch.where(share == 1, process.t_max, times)
+
+
+def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = False) -> Tensor:
+    """Noise levels (n,) -> times, then clean data. whole: the first is t_max itself."""
+    times = _when(process, -levels.log())
+    if whole:
+        times[0] = process.t_max
+    if round:
+        _steps(process, 1, "karras, exponential: round")
+        times = times.round().unique().flip(0)
+    return _then(times, process, "data")
+
+
+def _range(process: Process, low: float | None, high: float | None) -> tuple[float, float]:
+    """The least and the greatest level: what is asked for, else those of t_min and t_max, as far as they are numbers."""
+    own = torch.exp(-process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64))).tolist()
+    low = (own[0] if own[0] > 0 else ENDLESS[0]) if low is None else low
+    high = (min(own[1], ENDLESS[1]) if process.straight else own[1]) if high is None else high
+    if not 0 < low < high:
+        raise ValueError(f"times: sigma_min {low:g} and sigma_max {high:g}: expected 0 < sigma_min < sigma_max")
+    return low, high
+
+
+def _stretched(process: Process, times: Tensor, n: int) -> Tensor:
+    """Times (M + 1,) brought to (n + 1,): noise levels interpolated by their logarithms. The first and the last stay; a
+    last of no noise has no logarithm, and stays outside."""
+    levels = -process.log_snr(times)
+    clean = not levels[-1].isfinite()
+    inner = levels[: len(levels) - int(clean)].clamp(math.log(1e-4), math.log(1e4))
+    place = torch.linspace(0, len(inner) - 1, n + 1 - int(clean), dtype=torch.float64)
+    found = _when(process, -_interpolate(place, torch.arange(len(inner), dtype=torch.float64), inner))
+    found = torch.cat([found, times[-1:]]) if clean else torch.cat([found[:-1], times[-1:]])
+    return torch.cat([times[:1], found[1:]])
+
+
+def _interpolate(x: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Piecewise linear through (known, values), both (M,), known increasing, at x (N,)."""
+    if len(known) == 1:
+        return values.expand(len(x)).clone()
+    right = torch.searchsorted(known, x).clamp(1, len(known) - 1)
+    share = ((x - known[right - 1]) / (known[right] - known[right - 1])).clamp(0, 1)
+    return torch.lerp(values[right - 1], values[right], share)
 
 
 def _steps(process: Process, n: int, name: str) -> int:
@@ -52,24 +273,19 @@ def _steps(process: Process, n: int, name: str) -> int:
     return steps
 
 
-def _ladder(ladder: Tensor, end: float, steps: int, name: str) -> Tensor:
-    """The ladder (N,) walked down, then ``end``. ValueError where it begins beyond the process."""
+def _ladder(ladder: Tensor, process: Process, end: End, name: str) -> Tensor:
+    """The ladder (N,) walked down, then the end. ValueError where it begins beyond the process."""
+    steps = int(process.t_max) + 1
     if ladder[-1] >= steps:
         raise ValueError(f"times {name!r}: these begin at t = {int(ladder[-1])}, the process ends at {steps - 1}; take a "
                          f"number of steps that divides {steps}, {steps // 2} at most, or 'linear'")
-    return torch.cat([ladder.flip(0).double(), torch.tensor([end], dtype=torch.float64)])
+    return _then(ladder.flip(0).double(), process, end)
 
 
-def shifted(shift: float) -> Callable[[Process, int], Tensor]:
-    """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23)."""
-    def times(process: Process, n: int) -> Tensor:
-        share = torch.linspace(1, 0, n + 1, dtype=torch.float64)
-        share = shift * share / (1 + (shift - 1) * share)
-        return process.t_data + share * (process.t_max - process.t_data)
-    return times
+def _then(times: Tensor, process: Process, end: End) -> Tensor:
+    """The times (n,) and where they end."""
+    return torch.cat([times, times.new_tensor([process.t_data if end == "data" else process.t_min])])
 
 
-TIMES: dict[str, Callable[[Process, int], Tensor]] = {
-    "linear": linear, "leading": leading, "compvis": compvis, "quadratic": quadratic, "shift2": shifted(2.0),
-    "shift3": shifted(3.0),
-}
+def _ended(times: Tensor, process: Process, end: End) -> Tensor:
+    return times if end == "data" else _then(times[:-1], process, end)

@@ -12,9 +12,10 @@ from ldm.app.survey import size_of, survey
 from ldm.bundle import Bundle
 from ldm.common.build import build
 from ldm.common.config import Sampling, check_config, load, section
+from ldm.common.named import pick
 from ldm.common.optim import make_optimizer
 from ldm.samplers import SAMPLERS
-from ldm.times import TIMES
+from ldm.times import make_times
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {str(path.relative_to(CONFIGS)): path for path in sorted(CONFIGS.rglob("*.yaml"))}
@@ -102,9 +103,10 @@ def test_a_checkpoint_with_it_can_be_read_without_trust(name, surveyed):
     stage = surveyed(FILES[name]).stage
     bundle = Bundle.from_config({**stage.config, "autoencoder": autoencoder_block(stage)}, sampling=stage.sampling)
     asked, process = section(stage.config, Sampling), bundle.denoiser.process
-    times = TIMES[asked.times](process, asked.steps)
+    times = make_times(asked.times, process, asked.steps)
     assert (times.diff() < 0).all() and times[0] == process.t_max
-    assert asked.guidance >= 1 and asked.sampler in SAMPLERS
+    scale = asked.guidance["scale"] if isinstance(asked.guidance, dict) else asked.guidance
+    assert scale >= 1 and callable(pick(asked.sampler, SAMPLERS, "sampler"))
     side = (size_of(stage) or (3, SIDE, SIDE))[1]
     assert side % (bundle.autoencoder.factor * bundle.denoiser.network.multiple) == 0
 

@@ -4,11 +4,12 @@ from oracles import ENDLESS, PROCESSES
 from torch import nn
 
 from ldm.cond import Cond
-from ldm.denoiser import Denoiser, bind, impossible
-from ldm.parameterization import PARAMETERIZATIONS, target
+from ldm.denoiser import Denoiser, bind, impossible, linear_map
+from ldm.parameterization import PARAMETERIZATIONS, Preconditioned, target
+from ldm.process import DDPM, log_variance, respaced
 
-PAIRS = [(process, name) for process in PROCESSES for name in PARAMETERIZATIONS
-         if not (name == "noise" and process in ENDLESS)]  # fmt: skip
+EVERY = (*PARAMETERIZATIONS, "previous", Preconditioned(0.5))
+PAIRS = [(process, name) for process in PROCESSES for name in EVERY if not impossible(PROCESSES[process], name)]
 
 
 class Says(nn.Module):
@@ -28,8 +29,8 @@ def test_a_network_that_is_right_gives_back_data_and_noise(name, parameterizatio
     process, draws = PROCESSES[name], torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(5, 2, 4, 4, generator=draws) for _ in range(2))
     t = (process.t_min + torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9]) * (process.t_max - process.t_min)).float()
-    alpha, sigma = process.exact(t.double())
-    p, q = (c.view(-1, 1, 1, 1) for c in PARAMETERIZATIONS[parameterization](alpha, sigma))
+    alpha, sigma, *pair = linear_map(process, parameterization, t.double())
+    p, q = (c.view(-1, 1, 1, 1) for c in pair)
     denoiser = Denoiser(Says(target(x0, eps, p, q).float()), process, parameterization)
     x_t = process.add_noise(x0, eps, t)
     found = denoiser(x_t, t, Cond())
@@ -66,9 +67,63 @@ def test_noise_cannot_name_data_where_there_is_none(name):
         assert found.x0.isfinite().all() and found.eps.isfinite().all()
 
 
-def test_unknown_parameterizations_are_named():
-    with pytest.raises(ValueError, match="no parameterization 'velocity'; there are noise, data, v, flow"):
+def test_unknown_names_are_told():
+    with pytest.raises(ValueError, match="no parameterization 'velocity'; there are noise, data, v, flow, edm, previous"):
         Denoiser(Says(), PROCESSES["flow"], "velocity")
+    with pytest.raises(ValueError, match="no variance 'small'; there are fixed, learned, learned_range"):
+        Denoiser(Says(), PROCESSES["flow"], variance="small")
+
+
+def test_which_pairs_are_refused():
+    refused = {(process, name) for process in PROCESSES for name in EVERY if impossible(PROCESSES[process], name)}
+    continuous = {process for process in PROCESSES if PROCESSES[process].t_data >= 0}
+    assert refused == {(process, "noise") for process in ENDLESS} | {(process, "previous") for process in continuous}
+    with pytest.raises(ValueError, match="'previous' is the mean of the step before, and VP has no steps"):
+        Denoiser(Says(), PROCESSES["vp"], "previous")
+
+
+def test_a_function_of_ones_own():
+    """F = x_t + eps would say nothing where alpha = 0."""
+    def own(alpha, sigma):
+        return alpha, sigma + 1
+
+    assert impossible(PROCESSES["linear"], own) == []
+    assert "cannot name x0 at t = 1" in impossible(PROCESSES["flow"], own)[0]
+
+
+def test_edm_scales_the_input_and_not_the_condition():
+    network, process = Says(), PROCESSES["edm"]
+    x, spatial, t = torch.randn(2, 4, 3, 3), torch.randn(2, 1, 3, 3), torch.tensor([0.5, 10.0])
+    Denoiser(network, process, Preconditioned(0.5)).raw(x, t, Cond(spatial=spatial))
+    assert torch.allclose(network.x[:, :4], x / torch.hypot(t, torch.tensor(0.5)).view(-1, 1, 1, 1))
+    assert torch.equal(network.x[:, 4:], spatial)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_the_second_half_of_the_channels_is_the_variance(variance):
+    process, t = DDPM("linear"), torch.tensor([0.0, 400.0])
+    answer, x_t = torch.randn(2, 6, 4, 4), torch.randn(2, 3, 4, 4)
+    denoiser = Denoiser(Says(answer), process, "noise", variance)
+    found, plain = denoiser(x_t, t, Cond()), Denoiser(Says(answer[:, :3]), process, "noise")(x_t, t, Cond())
+    assert torch.equal(found.x0, plain.x0) and torch.equal(found.eps, plain.eps)
+    assert torch.equal(found.var, answer[:, 3:]) and torch.equal(denoiser.raw(x_t, t, Cond()), answer)
+    step = process.posterior(t.view(-1, 1, 1, 1), t.view(-1, 1, 1, 1) - 1)
+    assert log_variance(step, found.var, variance, process.posterior(1, 0).variance).shape == x_t.shape
+
+
+@pytest.mark.parametrize(("variance", "channels", "expected"), [("fixed", 6, 3), ("learned", 4, 6)])
+def test_a_network_with_other_channels_is_refused(variance, channels, expected):
+    denoiser = Denoiser(Says(torch.zeros(1, channels, 2, 2)), PROCESSES["vp"], "v", variance)
+    with pytest.raises(ValueError, match=f"with variance '{variance}' it has to have {expected} output channels"):
+        denoiser(torch.zeros(1, 3, 2, 2), torch.tensor([0.5]), Cond())
+
+
+def test_a_respaced_process_tells_the_times_of_the_whole_one():
+    network, x = Says(torch.zeros(2, 1, 2, 2)), torch.randn(2, 1, 2, 2)
+    whole, some = DDPM(), respaced(DDPM(), [0, 10, 500, 999])
+    found = Denoiser(network, some, "noise")(x, torch.tensor([1, 2]), Cond())
+    assert network.time.tolist() == [10, 500]
+    assert torch.equal(found.x0, Denoiser(network, whole, "noise")(x, torch.tensor([10, 500]), Cond()).x0)
 
 
 def test_spatial_conditions_follow_the_channels_of_x():

@@ -9,15 +9,19 @@ ROOT = Path(__file__).parents[1]
 # part -> the layer that it is in; a part imports itself and lower layers
 LAYERS = {
     "ldm.common": 0,
-    **dict.fromkeys(("autoencoder", "ldm.data", "ldm.process", "ldm.parameterization", "ldm.cond"), 1),
-    **dict.fromkeys(("ldm.networks", "ldm.conditioners"), 2),
+    **dict.fromkeys(("autoencoder", "ldm.data", "ldm.process", "ldm.betas", "ldm.parameterization", "ldm.cond"), 1),
+    **dict.fromkeys(("ldm.networks", "ldm.conditioners", "ldm.densities", "ldm.weights"), 2),
     **dict.fromkeys(("ldm.denoiser", "ldm.loss", "ldm.latents", "ldm.likelihood", "ldm.guidance", "ldm.times"), 3),
-    **dict.fromkeys(("ldm.samplers", "ldm.edit"), 3),
+    **dict.fromkeys(("ldm.steps", "ldm.samplers", "ldm.edit"), 3),
     **dict.fromkeys(("ldm.bundle", "ldm.lit", "ldm.callbacks", "ldm.metrics"), 4),
     **dict.fromkeys(("ldm.interop", "ldm.load", "ldm.app", "ldm.__main__", "main"), 5),
 }
-ALSO = {  # arrows within a layer: reading goes through `load`, the programs stand on everything
+ALSO = {  # arrows within a layer: reading goes through `load`, a posterior is guidance by r(x), the programs stand on everything
     ("ldm.load", "ldm.interop"),
+    ("ldm.loss", "ldm.likelihood"),
+    ("ldm.process", "ldm.betas"),
+    ("ldm.edit", "ldm.guidance"),
+    ("ldm.samplers", "ldm.steps"),
     *((program, part) for program in ("ldm.app", "ldm.__main__", "main") for part in LAYERS if part != "main"),
 }
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

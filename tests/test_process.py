@@ -1,10 +1,27 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracles import ENDLESS, PROCESSES
+from safetensors.torch import save_file
 
-from ldm.process import DDPM, EDM, SCHEDULES, VP, Cosine, RectifiedFlow
+from ldm.betas import SCHEDULES, spaced
+from ldm.common.build import build
+from ldm.process import (
+    DDPM,
+    EDM,
+    VP,
+    Cosine,
+    RectifiedFlow,
+    StepPosterior,
+    Table,
+    flux_shift,
+    log_variance,
+    respaced,
+    sd3_shift,
+    step_posterior,
+)
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 
@@ -137,3 +154,153 @@ def test_edm_and_trigonometric_at_known_times():
     assert EDM(0.002, 80.0).prior_std() == pytest.approx(math.hypot(1, 80))
     alpha, sigma = Cosine().exact(torch.tensor([1 / 3], dtype=torch.float64))
     assert float(alpha) == pytest.approx(math.sqrt(3) / 2) and float(sigma) == pytest.approx(0.5)
+
+
+def gauss(x, mean, variance):
+    return math.exp(-((x - mean) ** 2) / (2 * variance)) / math.sqrt(2 * math.pi * variance)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_posterior_is_bayes_rule(seed):
+    """Densities at three points: q(x_s | x_t, x0) q(x_t | x0) = q(x_t | x_s) q(x_s | x0), with coefficients drawn at random,
+    of variance-exploding and straight processes too."""
+    draws = torch.Generator().manual_seed(seed)
+    alpha_s, sigma_s, less, more, x0, x_s, x_t = torch.randn(7, generator=draws, dtype=torch.float64).abs().tolist()
+    alpha, sigma = {
+        0: (alpha_s, sigma_s + more), 1: (0.0, 1.0), 2: (1e-3 * alpha_s, sigma_s + more),
+    }.get(seed, (alpha_s * math.exp(-less), sigma_s * math.exp(-less) + more))  # fmt: skip
+    step = step_posterior(alpha, sigma, alpha_s, sigma_s)
+    left = gauss(x_s, step.x0 * x0 + step.xt * x_t, step.variance) * gauss(x_t, alpha * x0, sigma**2)
+    right = gauss(x_t, alpha / alpha_s * x_s, step.beta) * gauss(x_s, alpha_s * x0, sigma_s**2)
+    assert left == pytest.approx(right, rel=1e-9)
+
+
+def test_posterior_of_ddpm():
+    """Equations 6 and 7 of 2006.11239 with its alpha_t = 1 - beta_t."""
+    process = DDPM("linear")
+    t = torch.arange(1, 1000, dtype=torch.float64)
+    step = process.posterior(t, t - 1)
+    beta, bar = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[1:], process.alpha_bar[1:]
+    before = process.alpha_bar[:-1]
+    assert torch.allclose(step.beta, beta, rtol=1e-10)
+    assert torch.allclose(step.x0, before.sqrt() * beta / (1 - bar), rtol=1e-10)
+    assert torch.allclose(step.xt, (1 - beta).sqrt() * (1 - before) / (1 - bar), rtol=1e-10)
+    assert torch.allclose(step.variance, (1 - before) / (1 - bar) * beta, rtol=1e-10)
+
+
+@EVERY
+def test_posterior_of_a_step_to_the_data_is_the_data(process):
+    step = process.posterior(process.t_max, process.t_data)
+    assert (float(step.x0), float(step.xt), float(step.variance)) == pytest.approx((1, 0, 0), abs=1e-12)
+
+
+@EVERY
+def test_posterior_keeps_the_marginals(process):
+    """Mean and variance of x_s for given data, x_t integrated out."""
+    t, s = process.t_min + 0.8 * (process.t_max - process.t_min), process.t_min + 0.3 * (process.t_max - process.t_min)
+    (alpha, sigma), (alpha_s, sigma_s) = (process.exact(torch.tensor(time, dtype=torch.float64)) for time in (t, s))
+    step = process.posterior(t, s)
+    assert float(step.x0 + step.xt * alpha) == pytest.approx(float(alpha_s), rel=1e-9)
+    assert float(step.xt**2 * sigma**2 + step.variance) == pytest.approx(float(sigma_s**2), rel=1e-9)
+
+
+def test_log_variances():
+    process = DDPM("linear")
+    t = torch.tensor([0.0, 1.0, 500.0, 999.0], dtype=torch.float64)
+    step, floor = process.posterior(t, t - 1), process.posterior(1, 0).variance
+    small, large = (log_variance(step, kind=kind, floor=floor) for kind in ("small", "large"))
+    assert small.dtype is torch.float64 and small[0] == small[1] == large[0]  # Improved DDPM clips both
+    assert torch.equal(small[1:], step.variance[1:].log()) and torch.equal(large[1:], step.beta[1:].log())
+    assert log_variance(step)[0] == pytest.approx(math.log(1e-20))
+    # 2102.09672, eq. 15: sigma^2 = exp(v log beta + (1 - v) log variance), v from the network's [-1, 1]
+    var = torch.tensor([-1.0, 1.0, 0.2, -0.4])
+    found = log_variance(step, var, "learned_range", floor)
+    share = (var.double() + 1) / 2
+    assert found.dtype is torch.float32
+    assert torch.allclose(found.double(), share * step.beta.log() + (1 - share) * small, rtol=1e-6)
+    assert torch.equal(log_variance(step, var, "learned"), var)
+
+
+def test_log_variance_of_numbers():
+    var = torch.zeros(2, 3, 4, 4)
+    found = log_variance(StepPosterior(0.5, 0.5, 0.01, 0.04), var, "learned_range")
+    assert torch.allclose(found.exp(), torch.full_like(var, 0.02))
+    assert log_variance(StepPosterior(1.0, 0.0, 0.0, 0.04), var + 1, "learned_range").isfinite().all()
+
+
+def test_tables_from_files(tmp_path):
+    process = DDPM("cosine", 30)
+    np.save(tmp_path / "bar.npy", process.alpha_bar.numpy())
+    torch.save(process.betas, tmp_path / "betas.pt")
+    save_file({"any name": process.alpha_bar}, tmp_path / "bar.safetensors")
+    t = torch.linspace(-1, 29, 91, dtype=torch.float64)
+    for given in ({"alpha_bar": tmp_path / "bar.npy"}, {"betas": str(tmp_path / "betas.pt")},
+                  {"alpha_bar": tmp_path / "bar.safetensors"}):  # fmt: skip
+        found = Table(**given)
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found.exact(t), process.exact(t), strict=True))
+        again = build(found.block)  # what a checkpoint holds needs no file
+        assert isinstance(again, Table) and torch.equal(again.alpha_bar, found.alpha_bar)
+    assert Table(process.alpha_bar.tolist(), zero_terminal=True).alpha_bar[-1] == 0
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ({"alpha_bar": [0.9, 0.5, 0.6]}, r"alpha_bar\[2\] is 0.6 after 0.5: .* has to decrease"),
+    ({"alpha_bar": [1.0, 0.5]}, r"alpha_bar\[0\] is 1 after 1"),
+    ({"alpha_bar": [0.5, -0.1]}, r"alpha_bar\[1\] is -0.1"),
+    ({"betas": [0.1, 0.0]}, r"alpha_bar\[1\] is 0.9 after 0.9"),
+    ({"betas": [0.1, 1.5]}, r"alpha_bar\[1\] is -0.45"),
+    ({"betas": [0.1, float("nan")]}, "finite"),
+    ({"alpha_bar": []}, "expected a list of T finite numbers"),
+    ({"alpha_bar": "no/such.npy"}, "there is no file no/such.npy"),
+    ({}, "one of both"),
+    ({"alpha_bar": [0.5], "betas": [0.5]}, "one of both"),
+])  # fmt: skip
+def test_what_is_no_table_is_told(given, told):
+    with pytest.raises(ValueError, match=told):
+        Table(**given)
+
+
+def test_files_that_hold_no_table_are_told(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "two.safetensors")
+    torch.save({"alpha_bar": torch.ones(2)}, tmp_path / "dict.pt")
+    (tmp_path / "table.csv").write_text("0.5")
+    for name, told in (("two.safetensors", "one tensor"), ("dict.pt", "one tensor"), ("table.csv", "ends in .npy")):
+        with pytest.raises(ValueError, match=told):
+            Table(tmp_path / name)
+
+
+def test_respacing_keeps_the_noise_levels():
+    whole = DDPM("linear")
+    some = respaced(whole, "25")
+    kept = spaced(1000, "25")
+    assert len(kept) == 25 and kept[0] == 0 and kept[-1] == 999
+    index, steps = torch.arange(25, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(some.exact(index), whole.exact(steps), strict=True))
+    assert torch.equal(some.time(index), steps) and some.time(torch.tensor([3])).dtype is torch.float32
+    assert some.t_max == 24 and some.time(torch.tensor([0.5]).double()) == pytest.approx((kept[0] + kept[1]) / 2)
+    step, known = some.posterior(index[1:], index[:-1]), whole.posterior(steps[1:], steps[:-1])
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(step, known, strict=True))
+    twice = respaced(respaced(whole, [1, 5, 9]), [0, 2])
+    assert twice.time(torch.tensor([0.0, 1.0])).tolist() == [1, 9]
+    table = respaced(Table(whole.alpha_bar.tolist()), "5")
+    assert torch.equal(build(table.block).alpha_bar, table.alpha_bar)
+
+
+@pytest.mark.parametrize(("kept", "told"), [("ddim999", "no whole stride takes 999 of 1000"), ("1001", "1001 steps of a section"),
+                                            ("all", "it reads like"), ([5, 1000], "between 0 and 999"), ([], "got")])  # fmt: skip
+def test_what_cannot_be_kept_is_told(kept, told):
+    with pytest.raises(ValueError, match=told):
+        respaced(DDPM(), kept)
+
+
+def test_shift_that_follows_from_the_number_of_tokens():
+    assert sd3_shift(4096, base=1024) == 2  # twice the side, eq. 23
+    assert RectifiedFlow("sd3", 4096).shift == 2
+    assert flux_shift(256) == pytest.approx(math.exp(0.5)) and flux_shift(4096) == pytest.approx(math.exp(1.15))
+    mu = 0.5 + 0.65 * (1024 - 256) / 3840
+    t = torch.linspace(0.01, 1, 12, dtype=torch.float64)
+    sigma = RectifiedFlow("flux", 1024).exact(t)[1]
+    assert torch.allclose(sigma, math.exp(mu) / (math.exp(mu) + 1 / t - 1), rtol=1e-12)
+    for given in ({"shift": "flux"}, {"shift": 3.0, "tokens": 256}):
+        with pytest.raises(ValueError, match="need tokens, a number takes none"):
+            RectifiedFlow(**given)

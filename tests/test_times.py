@@ -1,17 +1,45 @@
+import math
+
 import pytest
 import torch
 from oracles import PROCESSES
+from scipy import stats
 
-from ldm.process import DDPM, RectifiedFlow
-from ldm.times import TIMES, compvis, leading, linear, quadratic, shifted
+from ldm.process import DDPM, EDM, VP, RectifiedFlow
+from ldm.times import (
+    TIMES,
+    ays_sd1,
+    beta,
+    compvis,
+    exponential,
+    flow_match,
+    karras,
+    leading,
+    linear,
+    linspace,
+    log_snr,
+    make_times,
+    polyexponential,
+    quadratic,
+    shifted,
+    sigmas,
+    vp,
+)
 
-DISCRETE = ("leading", "compvis", "quadratic")
+DISCRETE = ("leading", "compvis")
+FROM_MOST_NOISE = [name for name in TIMES if name not in (*DISCRETE, "quadratic", "log_snr", "sigmas")]
+
+
+def levels(process, times):
+    return torch.exp(-process.log_snr(times))
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 50])
-@pytest.mark.parametrize("name", [name for name in TIMES if name not in DISCRETE])
+@pytest.mark.parametrize("name", FROM_MOST_NOISE)
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_from_the_most_noise_to_the_data(process, name, n):
+    if name == "linspace" and process.t_min == process.t_data:
+        return
     times = TIMES[name](process, n)
     assert times.shape == (n + 1,) and times.dtype is torch.float64
     assert times[0] == process.t_max and times[-1] == process.t_data
@@ -19,7 +47,7 @@ def test_from_the_most_noise_to_the_data(process, name, n):
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 50, 333, 500])
-@pytest.mark.parametrize("name", DISCRETE)
+@pytest.mark.parametrize("name", [*DISCRETE, "quadratic"])
 def test_discrete_lists_decrease_and_stay_in_the_process(name, n):
     process = DDPM()
     if name == "compvis" and 1000 % n:
@@ -32,23 +60,96 @@ def test_discrete_lists_decrease_and_stay_in_the_process(name, n):
 def test_linear_is_trailing_on_discrete_processes():
     assert linear(DDPM(), 4).tolist() == [999, 749, 499, 249, -1]  # 2305.08891, table 2: 1000, 750, 500, 250, counted from 1
     assert linear(DDPM(), 1000).tolist() == list(range(999, -2, -1))
+    assert TIMES["trailing"] is linear
+    assert linear(DDPM(), 4, end="first").tolist() == [999, 749, 499, 249, 0]
+    assert linear(DDPM(), 3, round=True).tolist() == [999, 666, 332, -1]
 
 
 def test_known_lists():
     assert leading(DDPM(), 5).tolist() == [801, 601, 401, 201, 1, -1]
+    assert leading(DDPM(), 5, offset=0, end="first").tolist() == [800, 600, 400, 200, 0, 0]
+    assert leading(DDPM(), 10, divide="n+1").tolist() == [901, 811, 721, 631, 541, 451, 361, 271, 181, 91, -1]
+    assert linspace(DDPM(), 4).tolist() == [999, 666, 333, 0, -1]
+    assert linspace(DDPM(), 4, points="n+1").tolist() == [999, 749, 500, 250, -1]
     assert compvis(DDPM(), 5).tolist() == [801, 601, 401, 201, 1, 0]
     assert len(compvis(DDPM(), 30)) - 1 == 31  # 1000 = 30 * 33 + 10
     assert quadratic(DDPM(), 3).tolist() == [801, 201, 1, 0]
+    assert quadratic(RectifiedFlow(), 2).tolist() == [1, 0.25, 0]
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
 def test_shifted_times_of_a_flow_are_the_times_of_a_shifted_flow(shift):
     ours, theirs = RectifiedFlow(), RectifiedFlow(shift)
-    assert torch.allclose(ours.exact(shifted(shift)(ours, 9))[1], theirs.exact(linear(theirs, 9))[1], atol=1e-12)
+    assert torch.allclose(ours.exact(shifted(ours, 9, shift=shift))[1], theirs.exact(linear(theirs, 9))[1], atol=1e-12)
 
 
 def test_shift_1_is_linear():
-    assert torch.allclose(shifted(1.0)(DDPM(), 8), linear(DDPM(), 8))
+    assert torch.allclose(shifted(DDPM(), 8, shift=1), linear(DDPM(), 8))
+
+
+def test_a_terminal_share_is_the_last():
+    assert float(flow_match(RectifiedFlow(), 9, shift=2.5, terminal=0.02)[-2]) == pytest.approx(0.02, abs=1e-15)
+
+
+@pytest.mark.parametrize("process", [DDPM(), VP(), RectifiedFlow(), EDM()], ids=["ddpm", "vp", "flow", "edm"])
+def test_spacing_of_the_noise_levels(process):
+    """Each is even in what it says, on every process; the levels are asked for, so that no end is replaced."""
+    ends = dict(sigma_min=0.05, sigma_max=10.0)
+    even = {
+        "karras": (karras(process, 9, **ends), lambda s: s ** (1 / 7)),
+        "karras, rho 3": (karras(process, 9, rho=3.0, **ends), lambda s: s ** (1 / 3)),
+        "exponential": (exponential(process, 9, **ends), torch.log),
+        "polyexponential": (polyexponential(process, 9, rho=2.0, **ends), lambda s: (s / 0.05).log().clamp(min=0).sqrt()),
+        "vp": (vp(process, 9, **ends), lambda s: (0.01 + 39.8 * torch.log1p(s**2)).sqrt()),
+    }
+    for name, (times, flat) in even.items():
+        found = levels(process, times)
+        assert torch.allclose(found[[0, -2]], torch.tensor([10.0, 0.05], dtype=torch.float64), rtol=1e-9), name
+        assert found[-1] == 0 and times[-1] == process.t_data, name
+        steps = flat(found[:-1]).diff()
+        assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-6), name
+    steps = process.log_snr(log_snr(process, 9, **ends)).diff()
+    assert torch.allclose(steps, torch.full((9,), math.log(200) / 9, dtype=torch.float64), rtol=1e-9)
+
+
+def test_whole_steps_where_they_are_asked_for():
+    for times in (karras(DDPM(), 12, round=True), exponential(DDPM(), 6, round=True)):
+        assert (times == times.round()).all() and (times.diff() < 0).all()
+    with pytest.raises(ValueError, match="discrete processes"):
+        karras(RectifiedFlow(), 5, round=True)
+
+
+def test_beta_is_the_quantile_of_the_beta_distribution():
+    for a, b in ((0.6, 0.6), (1.0, 1.0), (0.5, 1.5), (3.0, 2.0)):
+        share = torch.from_numpy(stats.beta.ppf(torch.linspace(1, 0, 21).double().numpy(), a, b))
+        assert torch.allclose(beta(RectifiedFlow(), 20, alpha=a, beta=b), share, atol=2e-7), (a, b)
+
+
+def test_align_your_steps():
+    process = DDPM()
+    times = ays_sd1(process, 10)
+    published = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]  # the authors' times for the same levels
+    assert torch.allclose(times[:-1], torch.tensor(published).double(), atol=1.0) and times[-1] == -1
+    finer = levels(process, ays_sd1(process, 20))
+    assert torch.allclose(finer[2:20:2], levels(process, times)[1:10], rtol=1e-6)  # log-linear: every second is the same
+    assert torch.allclose(finer[3:18:2].square(), finer[2:17:2] * finer[4:19:2], rtol=1e-6)
+
+
+def test_lists_of_ones_own():
+    flow = RectifiedFlow()
+    assert make_times([1, 0.6, 0.2, 0], flow).tolist() == make_times([1, 0.6, 0.2, 0], flow, 3).tolist() == [1, 0.6, 0.2, 0]
+    stretched = make_times([1, 0.8, 0.5, 0.2, 0], flow, 7)
+    assert len(stretched) == 8 and torch.allclose(stretched[2::2], torch.tensor([0.8, 0.5, 0.2]).double()[:3])
+    assert stretched[0] == 1 and stretched[-1] == 0 and stretched[-2] == pytest.approx(0.2)
+    assert float(levels(flow, stretched)[3]) == pytest.approx(2)  # between 4 and 1
+    assert len(make_times([0.9, 0.5], flow, 4)) == 5  # stops in the noise
+    assert torch.allclose(levels(DDPM(), sigmas(DDPM(), 2, values=[9.0, 1.0, 0.0])), torch.tensor([9.0, 1.0, 0.0]).double())
+    assert torch.equal(make_times({"name": "karras", "rho": 5}, flow, 4), karras(flow, 4, rho=5))
+    for wrong in ([0.5], [0.2, 0.5], [1.2, 0.5, 0], [1, 0.5, -0.1]):
+        with pytest.raises(ValueError, match="times: expected two or more decreasing times from 1 down to 0"):
+            make_times(wrong, flow, 4)
+    with pytest.raises(ValueError, match="values"):
+        sigmas(flow, 4, values=[1.0, 2.0])
 
 
 @pytest.mark.parametrize("name", DISCRETE)
@@ -58,13 +159,18 @@ def test_lists_of_steps_need_steps(name, process):
         TIMES[name](PROCESSES[process], 10)
 
 
+def test_linspace_is_not_for_flows():
+    with pytest.raises(ValueError, match="RectifiedFlow has at the same time; take 'linear'"):
+        linspace(RectifiedFlow(), 10)
+
+
 @pytest.mark.parametrize(("name", "n"), [("compvis", 3), ("compvis", 999), ("compvis", 501), ("leading", 1000)])
 def test_lists_that_leave_the_process_are_refused(name, n):
     with pytest.raises(ValueError, match="begin at t = 1000, the process ends at 999; take a number .* that divides 1000"):
         TIMES[name](DDPM(), n)
 
 
-@pytest.mark.parametrize("name", DISCRETE)
+@pytest.mark.parametrize("name", [*DISCRETE, "quadratic"])
 def test_more_steps_than_there_are_is_refused(name):
     with pytest.raises(ValueError, match="1001 steps of a process that has 1000"):
         TIMES[name](DDPM(), 1001)

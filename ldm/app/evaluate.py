@@ -1,4 +1,4 @@
-"""Figures of a model: how well it obeys its captions, and what its autoencoder keeps of pictures."""
+"""Figures of a model: how well it obeys its captions, what its autoencoder keeps of pictures, how likely it finds them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ldm.app import evaluate_autoencoder
+from ldm.app import evaluate_autoencoder, evaluate_likelihood
 from ldm.app.models import (
     enough_memory,
     load_model,
@@ -32,6 +32,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                                                       "the pictures"),
         ("autoencoder", evaluate_autoencoder.arguments, evaluate_autoencoder.run,
          "PSNR, SSIM, LPIPS, Fréchet distance, rate, latent statistics and speed of reconstructions"),
+        ("likelihood", evaluate_likelihood.arguments, evaluate_likelihood.run,
+         "bits per dimension of pictures by the variational bound and the probability-flow ODE, and rate against distortion"),
     ):  # fmt: skip
         metric = metrics.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
         metric.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
@@ -60,7 +62,7 @@ def adherence(args: argparse.Namespace) -> None:
 
     settings = sampling_of(args)
     bundle = load_model(args)
-    chosen = {key: bundle.sampling[key] if value is None else value for key, value in settings.items()}
+    chosen = bundle.plan(**settings)
     drawn = 0
 
     with tqdm(total=args.n + args.n_held_out, desc="drawing", unit="picture", disable=None) as bar:

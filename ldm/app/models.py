@@ -40,22 +40,38 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     stored = "default: as stored with the model"
     parser.add_argument("--steps", type=positive, metavar="N", help=stored)
-    parser.add_argument("--sampler", metavar="NAME", help=stored)
-    parser.add_argument("--times", metavar="NAME", help=f"how times are spaced; {stored}")
+    parser.add_argument("--sampler", metavar="NAME", help=f"name, or name:option=value,option=value; {stored}")
+    parser.add_argument("--times", metavar="NAME|LIST",
+                        help=f"how times are spaced: name (with options as above), or the times themselves, 1,0.7,0; {stored}")
+    parser.add_argument("--eta", type=float, metavar="E", help="share of fresh noise, for samplers that have this option")
     parser.add_argument("--scale", type=float, metavar="S", help=f"of guidance, 1: none; {stored}")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                        help=f"guide at these times of the noise process alone; {stored}")
+    parser.add_argument("--rescale", type=float, metavar="PHI",
+                        help=f"share in which guided predictions get back their standard deviation, 0..1; {stored}")
 
 
 def sampling_of(args: argparse.Namespace) -> dict:
     """The arguments of `generate` that sampling_arguments asks for, names checked; None where nothing was said."""
-    if args.sampler or args.times:
-        from ldm.bundle import known
+    from ldm.common.named import parse, problems
+
+    sampler, times = (None if text is None else parse(text) for text in (args.sampler, args.times))
+    if args.eta is not None:
+        if sampler is None:
+            raise UserError("--eta: give --sampler too, such as --sampler ddim --eta 0.5")
+        sampler = ({"name": sampler} if isinstance(sampler, str) else sampler) | {"eta": args.eta}
+    if sampler or times:
         from ldm.samplers import SAMPLERS
         from ldm.times import TIMES
 
-        for name, table in (("sampler", SAMPLERS), ("times", TIMES)):
-            if getattr(args, name) is not None:
-                known(getattr(args, name), table, f"--{name}")
-    return {"sampler": args.sampler, "steps": args.steps, "times": args.times, "guidance": args.scale}
+        wrong = [] if sampler is None else problems(sampler, SAMPLERS, "--sampler")
+        wrong += [] if times is None or isinstance(times, list) else problems(times, TIMES, "--times")
+        if wrong:
+            raise UserError("; ".join(wrong))
+    low, high = args.guidance_interval or (None, None)
+    guidance = {"scale": args.scale, "low": low, "high": high, "rescale": args.rescale}
+    guidance = {key: value for key, value in guidance.items() if value is not None}
+    return {"sampler": sampler, "steps": args.steps, "times": times, "guidance": guidance or None}
 
 
 def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:

@@ -61,7 +61,7 @@ class Order:
     seed: int  # of the first picture
     negative: str | None
     size: list[int] | None  # height, width
-    settings: dict  # sampler, steps, times, guidance
+    settings: dict  # of Bundle.plan
 
 
 def run(args: argparse.Namespace) -> None:
@@ -94,8 +94,11 @@ def order_from(args: argparse.Namespace) -> Order:
         old = png.read(args.from_image)
         if not isinstance(old.get("prompt"), str):
             raise UserError(f"{args.from_image}: its metadata names no prompt; was it made by txt2img?")
-        before = {key: old.get("scale" if key == "guidance" else key) for key in settings}
-        settings = {key: before[key] if value is None else value for key, value in settings.items()}
+        guidance = old.get("guidance") or {"scale": old.get("scale"), "low": None, "high": None, "rescale": None}
+        if args.times and not args.steps and isinstance(settings["times"], list):
+            old.pop("steps", None)  # the list says how many
+        settings = {key: old.get(key) if value is None else value for key, value in settings.items()}
+        settings["guidance"] = guidance | (sampling_of(args)["guidance"] or {})
     return Order(
         prompts=[old["prompt"]] if old else args.prompt or read_prompts(args.prompts_file),
         samples=args.n_samples,
@@ -162,10 +165,12 @@ def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile:
     from ldm.callbacks.sheet import sheet, to_image
 
     prompts = [prompt for prompt in order.prompts for _ in range(order.samples)]
-    chosen = {key: bundle.sampling[key] if value is None else value for key, value in order.settings.items()}
+    chosen = bundle.plan(**order.settings)
+    guidance = chosen["guidance"]
+    more = any(value is not None for part, value in guidance.items() if part != "scale")
     about = {"negative_prompt": order.negative, "sampler": chosen["sampler"], "steps": chosen["steps"],
-             "times": chosen["times"], "scale": chosen["guidance"], "size": order.size or bundle.sampling.get("size"),
-             **(facts or {})}  # fmt: skip
+             "times": chosen["times"], "scale": guidance["scale"], **({"guidance": guidance} if more else {}),
+             "size": order.size or bundle.sampling.get("size"), **(facts or {})}  # fmt: skip
     shown = []
     batches = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with tqdm(total=len(batches) * chosen["steps"], desc="drawing", unit="step", disable=None) as bar:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.build import Block, check_call, is_block, locate, near, plain
 from ldm.common.files import UserError, nearest
+from ldm.common.named import problems
 
 Section = TypeVar("Section")
 SOURCES = ("config", "ckpt", "target")  # where a diffusion model's autoencoder comes from: exactly one of them
@@ -48,15 +49,26 @@ class Cache:
     dir: str | None = None
 
 
+class Guidance(TypedDict, total=False):
+    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); and
+    the share in which the guided prediction gets back its standard deviation (null: none)."""
+
+    scale: float
+    low: float | None
+    high: float | None
+    rescale: float | None
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made where nothing else is asked for; stored with the model. count: pictures in a sample grid;
-    prompts: their captions (null: captions of the validation data), repeated as needed."""
+    """How pictures are made where nothing else is asked for; stored with the model. sampler, times: a name, or name and
+    options ({name: karras, rho: 5}); times: also a list of times, which is brought to that many steps. count: pictures in a
+    sample grid; prompts: their captions (null: captions of the validation data), repeated as needed."""
 
-    sampler: str = "dpmpp_2m"
+    sampler: str | dict = "dpmpp_2m"
     steps: int = 20
-    times: str = "linear"
-    guidance: float = 3.0
+    times: str | dict | list[float] = "linear"
+    guidance: float | Guidance = 3.0
     prompts: list[str] | None = None
     count: int = 8
     check_params = staticmethod(at_least(steps=1, count=1))
@@ -248,6 +260,8 @@ def _check_names(config: dict) -> list[str]:
         choices = getattr(import_module(module), attribute) if isinstance(value, str) else ()
         if isinstance(value, str) and value not in choices:
             mistakes.append(f"{name}.{key}: expected one of {', '.join(choices)}, got {value!r}{near(value, choices)}")
+        if isinstance(value, dict):
+            mistakes += problems(value, getattr(import_module(module), attribute), f"{name}.{key}")
     return mistakes
 
 

@@ -129,7 +129,9 @@ def _against(value: Any, option: Any, path: str) -> list[str] | None:
     origin, arguments = typing.get_origin(option), typing.get_args(option)
     if option in LISTS or origin in LISTS:
         return _items(value, arguments, path) if isinstance(value, list) else None
-    if option is not Block and (option in MAPPINGS or origin in MAPPINGS or typing.is_typeddict(option)):
+    if typing.is_typeddict(option) and option is not Block:
+        return _fields(value, option, path) if isinstance(value, dict) and not is_block(value) else None
+    if option is not Block and (option in MAPPINGS or origin in MAPPINGS):
         return _values(value, arguments, path) if isinstance(value, dict) and not is_block(value) else None
     if option is None:
         fits = value is None
@@ -169,6 +171,19 @@ def _values(value: dict, arguments: tuple, path: str) -> list[str]:
         return []
     kind = Parameter(_options(arguments[1]), True)
     return [line for key, item in value.items() for line in mistyped(item, kind, f"{path}.{key}")]
+
+
+def _fields(value: dict, option: type, path: str) -> list[str]:
+    """A mapping with names of its own (TypedDict), all of which may be left out."""
+    kinds, lines = typing.get_type_hints(option), []
+    for key, item in value.items():
+        if key in kinds:
+            lines += mistyped(item, Parameter(_options(kinds[key]), False), f"{path}.{key}")
+        else:
+            near = nearest(str(key), kinds)
+            hint = f"; nearest: {near!r}" if near else ""
+            lines.append(f"{path}.{key}: no such option{hint}; it takes {', '.join(kinds)}")
+    return lines
 
 
 def _show(value: Any) -> str:

@@ -90,6 +90,37 @@ def test_a_picture_draws_itself_again(ckpt, tmp_path, sampler, caplog):
     assert not torch.equal(again, other) and png.read(tmp_path / "c" / "00000.png")["scale"] == 4
 
 
+def test_how_it_was_drawn_is_in_the_picture(ckpt, bundle, tmp_path):
+    more = ["--sampler", "ddim:s_noise=1.01", "--eta", "0.5", "--times", "karras:rho=5", "--steps", "3", "--scale", "2",
+            "--guidance-interval", "0.2", "0.8", "--rescale", "0.5"]  # fmt: skip
+    first = draw(ckpt, tmp_path / "a", "--prompt", "a red star", *more)
+    settings = {"sampler": {"name": "ddim", "s_noise": 1.01, "eta": 0.5}, "times": {"name": "karras", "rho": 5}, "steps": 3,
+                "guidance": {"scale": 2.0, "low": 0.2, "high": 0.8, "rescale": 0.5}}  # fmt: skip
+    made = bundle.generate(["a red star"], **settings)
+    assert torch.equal(first, ((made + 1) * 127.5).round().to(torch.uint8))
+    about = png.read(tmp_path / "a" / "00000.png")
+    assert {key: about[key] for key in settings} == settings and about["scale"] == 2
+    source = ["--from-image", str(tmp_path / "a" / "00000.png")]
+    assert torch.equal(first, draw(ckpt, tmp_path / "b", *source))
+    draw(ckpt, tmp_path / "c", *source, "--times", "1,0.6,0", "--scale", "3")
+    about = png.read(tmp_path / "c" / "00000.png")
+    assert about["times"] == [1, 0.6, 0] and about["steps"] == 2 and about["scale"] == 3
+    assert about["guidance"] == settings["guidance"] | {"scale": 3} and about["sampler"] == settings["sampler"]
+
+
+def test_wrong_choices_are_told(ckpt, tmp_path, capsys):
+    begin = ["txt2img", "--ckpt", ckpt, "--prompt", "red", "--outdir", str(tmp_path)]
+    for more, told in (
+        (["--sampler", "ddimm"], "--sampler: there is no 'ddimm'; nearest: 'ddim'"),
+        (["--sampler", "heun", "--eta", "1"], "--sampler: heun has no option 'eta'"),
+        (["--eta", "1"], "--eta: give --sampler too"),
+        (["--times", "karras:rho"], "options are written option=value"),
+        (["--times", "karras:rho=x"], "--times: karras.rho: expected float, got text 'x'"),
+        (["--times", "1,2"], "times: expected two or more decreasing times"),
+    ):
+        assert told in fails(capsys, *begin, *more)
+
+
 def test_another_model_draws_another_picture_and_says_so(ckpt, bundle, tmp_path, caplog):
     draw(ckpt, tmp_path / "a", "--prompt", "red")
     other = load(ckpt)

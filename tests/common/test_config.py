@@ -182,6 +182,9 @@ def test_a_whole_config_without_mistakes():
     assert check_config(whole) == []
     assert check_config(OmegaConf.create(whole)) == []
     assert check_config(config(logging=None, validation=None)) == []
+    options = {"sampler": {"name": "ddim", "eta": 0.5}, "times": [1, 0.5, 0], "guidance": {"scale": 3, "high": 0.8, "low": None}}
+    assert check_config(config(sampling=options)) == []
+    assert check_config(config(sampling={"times": {"name": "karras", "rho": 5}})) == []
 
 
 WRONG = {
@@ -217,6 +220,17 @@ WRONG = {
     "sampler": (
         config(sampling={"sampler": "dpmp_2m", "times": "uniformly"}),
         ["sampling.sampler: expected one of ", "sampling.times: expected one of "],
+    ),
+    "options of a sampler and of times": (
+        config(sampling={"sampler": {"name": "ddim", "etta": 1}, "times": {"name": "karras", "rho": "7"}}),
+        ["sampling.sampler: ddim has no option 'etta'; nearest: 'eta'", "sampling.times: karras.rho: expected float, got text"],
+    ),
+    "parts of guidance": (
+        config(sampling={"guidance": {"scale": "3", "hihg": 0.8}}),
+        [
+            "sampling.guidance.scale: expected float, got text '3'; write the number without quotes",
+            "sampling.guidance.hihg: no such option; nearest: 'high'; it takes scale, low, high, rescale",
+        ],
     ),
     "one prompt is no list": (
         config(sampling={"prompts": "a red square"}),

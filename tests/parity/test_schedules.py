@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from ldm.networks.layers import timestep_embedding
 from ldm.parameterization import PARAMETERIZATIONS, Prediction, solve
-from ldm.process import DDPM
-from ldm.samplers import ddim, ddpm
-from ldm.times import compvis, linear, quadratic
+from ldm.process import DDPM, Table, log_variance
+from ldm.samplers import ddim
+from ldm.times import compvis, quadratic
 
 REFERENCE = load_file(Path(__file__).parents[1] / "data" / "schedules.safetensors")
 NAMES = {"linear": "scaled_linear", "sqrt_linear": "linear", "sqrt": "sqrt", "cosine": "cosine"}
@@ -83,16 +83,21 @@ def test_buffers(table):
 
 @EVERY
 def test_posterior(table):
-    """Mean and variance of q(x_{t-1} | x_t, x0), from our DDIM with eta = 1 on all T steps."""
+    """Mean and variance of q(x_{t-1} | x_t, x0)."""
     process = process_of(table)
-    times = linear(process, len(process.alpha_bar))
-    factor, std = (c.flip(0) for c in coefficients(process, times, eta=1.0))
-    alpha, sigma = process.exact(times[:-1].flip(0))
-    before, _ = process.exact(times[1:].flip(0))
-    assert near(std**2, out(f"{table}.posterior_variance"), rtol=1e-5, atol=1e-17)
-    assert near((std**2).clamp(min=1e-20).log(), out(f"{table}.posterior_log_variance_clipped"), rtol=1e-5)
-    assert near(factor / sigma, out(f"{table}.posterior_mean_coef2"), rtol=1e-5, atol=1e-12)
-    assert near(before - alpha * factor / sigma, out(f"{table}.posterior_mean_coef1"), rtol=1e-5, atol=1e-12)
+    t = torch.arange(len(process.alpha_bar), dtype=torch.float64)
+    step = process.posterior(t, t - 1)
+    assert near(step.variance, out(f"{table}.posterior_variance"), atol=1e-17)
+    assert near(log_variance(step), out(f"{table}.posterior_log_variance_clipped"))  # of 0, 1e-20
+    assert near(step.xt, out(f"{table}.posterior_mean_coef2"), atol=1e-12)
+    assert near(step.x0, out(f"{table}.posterior_mean_coef1"), atol=1e-12)
+
+
+@EVERY
+def test_tables_of_numbers_are_the_same_process(table):
+    process = process_of(table)
+    for given in (Table(betas=process.betas.tolist()), Table(alpha_bar=process.alpha_bar.tolist())):
+        assert torch.allclose(given.alpha_bar, process.alpha_bar, rtol=1e-10, atol=0)
 
 
 def test_forward_process():
@@ -113,16 +118,11 @@ def test_data_from_noise():
 
 
 def test_posterior_of_pictures():
-    process, x0, x_t = process_of(USUAL), REFERENCE["in.x0"], REFERENCE["in.x_t"]
-    for i, t in enumerate(TIMES.tolist()):
-        alpha, sigma = (c.item() for c in process.exact(torch.tensor(t).double()))
-        fixed = Prediction(x0[i : i + 1].double(), (x_t[i : i + 1].double() - alpha * x0[i : i + 1]) / sigma)
-        mean, moved = (ddpm(lambda x, t, fixed=fixed: fixed, x_t[i : i + 1].double(), torch.tensor([t, t - 1.0]), process,
-                            noise=lambda step, shape, z=z: torch.full(shape, z)) for z in (0.0, 1.0))  # fmt: skip
-        assert near(mean[0], out("q_posterior_mean")[i], atol=1e-6)
-        variance = (moved - mean).square().flatten()
-        assert near(variance, out("q_posterior_variance")[i].expand_as(variance), rtol=1e-5)
-        assert near(variance.clamp(min=1e-20).log(), out("q_posterior_log_variance_clipped")[i].expand_as(variance), rtol=1e-5)
+    process, x0, x_t, t = process_of(USUAL), REFERENCE["in.x0"], REFERENCE["in.x_t"], TIMES.view(-1, 1, 1, 1)
+    step = process.posterior(t, t - 1)
+    assert near(step.x0 * x0 + step.xt * x_t, out("q_posterior_mean"), atol=1e-6)
+    assert near(step.variance.flatten(), out("q_posterior_variance"))
+    assert near(log_variance(step).flatten(), out("q_posterior_log_variance_clipped"))
 
 
 @EVERY_LIST
