@@ -1,6 +1,6 @@
 """How few steps are enough: prompt adherence and distance to the exact solution, by sampler, times and guidance interval.
 
-    python -m benchmarks.few_steps --ckpt RUN [--n 256] [--out docs/few_steps]
+    python -m benchmarks.few_steps --ckpt RUN [--n 256] [--out benchmarks/results/few_steps]
 
 Adherence is the share of n captions whose picture has everything right (ldm.metrics.adherence); it is compared with that
 of 250 steps of DDPM from the same noise, caption by caption. The exact solution is what 250 steps of Heun make of the same
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--n-exact", type=int, default=32, help="of them, those solved exactly (32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--out", default="docs/few_steps", help="of .json, .md and .png (docs/few_steps)")
+    parser.add_argument("--out", default="benchmarks/results/few_steps", help="of .json, .md and .png (benchmarks/results/few_steps)")
     parser.add_argument("--cache", default="logs/few_steps", help="folder of the exact solutions (logs/few_steps)")
     parser.add_argument("--device", help="default: cuda where it is")
     args = parser.parse_args()
