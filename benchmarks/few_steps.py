@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--n-exact", type=int, default=32, help="of them, those solved exactly (32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--out", default="benchmarks/results/few_steps", help="of .json, .md and .png (benchmarks/results/few_steps)")
+    parser.add_argument("--out", default="benchmarks/results/few_steps", help="of .json, .md and .png (%(default)s)")
     parser.add_argument("--cache", default="logs/few_steps", help="folder of the exact solutions (logs/few_steps)")
     parser.add_argument("--device", help="default: cuda where it is")
     args = parser.parse_args()
