@@ -187,7 +187,7 @@ class Bundle(nn.Module):
         for name, given in (("indices", indices), ("negative_prompt", negative), ("x_T", x_T)):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
-        self._check_conditioner(guidance["scale"])
+        self.check_conditioner(guidance["scale"])
         spread = float(torch.hypot(*self.denoiser.process.exact(times[:1].double())))  # of x_T, for data of unit variance
         pictures = []
         with evaluating(self):
@@ -258,7 +258,7 @@ class Bundle(nn.Module):
         check_size(*size, factor, getattr(self.denoiser.network, "multiple", 1))
         return self.autoencoder.channels, size[0] // factor, size[1] // factor
 
-    def _check_conditioner(self, guidance: float) -> None:
+    def check_conditioner(self, guidance: float) -> None:
         """The text encoder found here is the one that the model was trained with, and guidance means something."""
         expected = self.about.get("encoder_hash")
         if expected and self.conditioner is not None and not self._checked:

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     curve = [folder / CURVE, folder / PLOT] if folder and args.rate_distortion else []
     check_free([*curve, folder / FIGURES] if folder and not args.out else curve, args.overwrite)
     bundle = load_model(args).float().requires_grad_(False)
-    bundle._check_conditioner(1.0)
+    bundle.check_conditioner(1.0)
     settings, about = settings_from(args, bundle)
 
     def batches() -> Iterator[dict]:
