@@ -41,15 +41,15 @@ def step_posterior(alpha: Number, sigma: Number, alpha_s: Number, sigma_s: Numbe
     return StepPosterior(alpha_s * beta / sigma**2, a * share, beta * share, beta)
 
 
-def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Variance = "small",
+def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Variance | float = "small",
                  floor: Number = 1e-20) -> Tensor:
     """Log of the variance of p(x_s | x_t), in the type of ``var`` (fp64 without), which ``posterior`` broadcasts against.
 
     Args:
         var: what the network says of it (B,C,h,w).
-        kind: small: that of the posterior; large: beta (DDPM, section 3.2); learned: ``var`` is the log variance;
-            learned_range: between the two, log = v log(beta) + (1 - v) log(variance) with v = (var + 1) / 2
-            (Improved DDPM, 2102.09672, eq. 15).
+        kind: small: that of the posterior; large: beta (DDPM, section 3.2); a number: that share of the way from small to
+            large (LDM's v_posterior); learned: ``var`` is the log variance; learned_range: between the two,
+            log = v log(beta) + (1 - v) log(variance) with v = (var + 1) / 2 (Improved DDPM, 2102.09672, eq. 15).
         floor: stands for the variance 0 of the step to the data. Improved DDPM takes the variance of the step before
             it, ``process.posterior(1, 0).variance``; CompVis 1e-20.
     """
@@ -60,13 +60,22 @@ def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Vari
     if kind == "learned_range":
         share = (var + 1) / 2
         return share * beta.log().to(var) + (1 - share) * small.to(var)
-    fixed = small if kind == "small" else torch.where(variance > 0, beta, floor).log()
+    if isinstance(kind, str):
+        fixed = small if kind == "small" else torch.where(variance > 0, beta, floor).log()
+    else:
+        fixed = torch.lerp(variance, beta, kind).maximum(floor).log()
     return fixed if var is None else fixed.to(var)
 
 
 def in_double(t: Tensor) -> Tensor:
     """In fp64, on the processor where t's device is one of Apple's, which have none."""
     return (t.cpu() if t.device.type == "mps" else t).double()
+
+
+def steps_of(times: Tensor) -> Tensor:
+    """Times (N+1,), or steps (N,2) as they are -> (N,2): where each step begins and where it ends, fp64, on the CPU."""
+    times = times.cpu().double()
+    return times if times.ndim == 2 else torch.stack([times[:-1], times[1:]], 1)
 
 
 class Process:

@@ -181,6 +181,16 @@ ays_sd1 = _align([14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399
 ays_sdxl = _align([14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029])
 
 
+def blocks(n: int, order: int, lower_order_final: bool = True, clean: bool = False) -> list[int]:
+    """How singlestep methods share out n calls of the network: in blocks of ``order``; the rest is the last block, and where
+    there is none the last block becomes two, for a last step of first order (DPM-Solver-fast, 2206.00927). clean: the last
+    step, to clean data, is of first order in any case."""
+    sizes = [order] * (n // order) + [n % order] * (n % order > 0)
+    if sizes and sizes[-1] > 1 and (clean or (lower_order_final and sizes[-1] == order)):
+        sizes[-1:] = [sizes[-1] - 1, 1]
+    return sizes
+
+
 TIMES: dict[str, Times] = {
     "linear": linear, "trailing": linear, "leading": leading, "linspace": linspace, "compvis": compvis,
     "quadratic": quadratic, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,

@@ -21,8 +21,9 @@ VARIANTS = {
     **{f"{name}_churn": partial(SAMPLERS[name], s_churn=20.0) for name in ("euler", "heun", "dpm_2")},
 }  # fmt: skip
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "plms", "pndm", "dpm_2", "lms", "lms_2", "deis", "deis_log_rho",
-                 "dpmpp_2s", "dpmpp_3m", "unipc", "unipc_3", "unipc_bh1")  # fmt: skip
-OTHERS = ("dpm_adaptive", "lcm")  # no fixed steps; not for a denoiser
+                 "dpmpp_2s", "dpmpp_3m", "unipc", "unipc_3", "unipc_bh1", "dpm_solver_2m", "dpm_solver_3m", "dpm_fast",
+                 "dpmpp_fast")  # fmt: skip
+OTHERS = ("dpm_adaptive", "lcm", "tcd")  # no fixed steps; not for a denoiser
 AFFINE = [name for name in VARIANTS if name not in OTHERS]
 FIRST_ORDER = ("ddim", "euler")
 ORDERS = {  # the sampler, its order of convergence

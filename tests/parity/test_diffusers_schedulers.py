@@ -146,7 +146,7 @@ def sampler_of(kind, config, step, n):
         return {"name": "unipc", "order": order, "variant": config.get("solver_type", "bh2"),
                 "corrector": not config.get("disable_corrector")}  # fmt: skip
     if kind == "DEISMultistep":
-        return {"name": "deis", "order": order, "basis": "log_rho", "lower_order_final": lower}
+        return {"name": "deis", "order": order, "basis": "log_rho", "final_order": 1 if lower else order}
     if kind == "LMSDiscrete":
         return {"name": "lms", "order": step.get("order", 4)}
     return {"name": {"EulerAncestralDiscrete": "euler_ancestral", "HeunDiscrete": "heun", "KDPM2Discrete": "dpm_2",
@@ -227,7 +227,7 @@ def prepared(name):
     times, step = make_times(spec, process, n), sampler_of(kind, config, about["step"], n)
     if config.get("final_sigmas_type", "sigma_min" if kind == "DEISMultistep" else "zero") == "sigma_min" and times[-2] == 0:
         times = times[:-1]  # theirs ends with a step from sigma_min to sigma_min, which is the one of lower order
-        step |= {"lower_order_final": False} if kind == "DEISMultistep" else {}
+        step |= {"final_order": step["order"]} if kind == "DEISMultistep" else {}
     return process, times, pick(step, SAMPLERS, "sampler")
 
 
