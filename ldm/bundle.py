@@ -27,7 +27,7 @@ from ldm.cond import Cond
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
 from ldm.guidance import batched, cfg, rescale, within
 from ldm.parameterization import Denoise, Prediction
-from ldm.process import RectifiedFlow
+from ldm.process import RectifiedFlow, steps_of
 from ldm.samplers import SAMPLERS, Callback
 from ldm.times import make_times
 
@@ -188,7 +188,7 @@ class Bundle(nn.Module):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
         self.check_conditioner(guidance["scale"])
-        spread = float(torch.hypot(*self.denoiser.process.exact(times[:1].double())))  # of x_T, for data of unit variance
+        spread = float(torch.hypot(*self.denoiser.process.exact(steps_of(times)[0, 0])))  # of x_T, for data of unit variance
         pictures = []
         with evaluating(self):
             for rows in _parts(n, batch_size):
@@ -207,7 +207,7 @@ class Bundle(nn.Module):
         asked = {"sampler": sampler, "steps": steps, "times": times}
         plan = {key: self.sampling[key] if value is None else value for key, value in asked.items()}
         if not isinstance(plan["times"], (str, Mapping)) and (steps is None and times is not None):
-            plan["steps"] = len(times) - 1
+            plan["steps"] = len(steps_of(torch.as_tensor(times)))
         if not isinstance(plan["steps"], int) or plan["steps"] < 1:
             raise UserError(f"steps: {plan['steps']}; it takes a whole number from 1")
         said = [{} if each is None or each is ... else each if isinstance(each, Mapping) else {"scale": float(each)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.cond import Cond
 from ldm.parameterization import PARAMETERIZATIONS, Denoise, Prediction, solve, target
-from ldm.process import Process, StepPosterior, Variance, log_variance
+from ldm.process import Process, StepPosterior, Variance, log_variance, steps_of
 
 Parameterization = Literal["noise", "data", "v", "flow"]
 LogProbability = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,h,w), t (B,)) -> log p(y | x_t), (B,)
@@ -222,10 +222,10 @@ def shift_mean(guess: Prediction, shift: Tensor, x: Tensor, posterior: StepPoste
 
 
 def step_from(process: Process, times: Tensor, t: Tensor, x: Tensor) -> StepPosterior:
-    """The step that begins at t (B,) in ``times`` (N+1,): fp64, shaped to broadcast against x."""
-    times, shape = times.double().cpu(), (-1, *[1] * (x.ndim - 1))
-    here = (times[:-1] - t.cpu().double()[:, None]).abs().argmin(1)
-    return process.posterior(times[here].view(shape), times[here + 1].view(shape))
+    """The step that begins at t (B,) in ``times``: fp64, shaped to broadcast against x."""
+    steps = steps_of(times)
+    found = steps[(steps[:, 0] - t.cpu().double()[:, None]).abs().argmin(1)]
+    return process.posterior(*(end.view(-1, *[1] * (x.ndim - 1)) for end in found.unbind(1)))
 
 
 def classifier_mean(denoise: Denoise, log_p: LogProbability, scale: float, process: Process, times: Tensor,

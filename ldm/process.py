@@ -18,6 +18,8 @@ from ldm.betas import SCHEDULES, numbers, spaced, zero_terminal_snr
 from ldm.common.files import UserError
 
 Number = Tensor | float
+Between = Literal["log_alpha", "log_snr", "level"]
+Tells = Literal["step", "thousandth", "whole"]
 Variance = Literal["small", "large", "learned", "learned_range"]
 
 
@@ -136,18 +138,26 @@ class Process:
 class Discrete(Process):
     """T steps, t = 0..T-1: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
 
-    alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t.
+    Args:
+        alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t.
+        between: what is linear from one step to the next: "log_alpha", the VP diffusion whose beta is constant there;
+            "log_snr", log(alpha / sigma), as in k-diffusion; "level", sigma / alpha, as diffusers' Euler, Heun and LMS.
+        tells: what the network is told: "step", t; "thousandth", 1000 t / T (Improved DDPM's rescale_timesteps); "whole", t
+            rounded (k-diffusion's quantize).
     """
 
     t_data = -1.0
     t_min = 0.0
 
-    def __init__(self, alpha_bar: Tensor, told: Tensor | None = None):
-        self.alpha_bar = alpha_bar
+    def __init__(self, alpha_bar: Tensor, told: Tensor | None = None, between: Between = "log_alpha", tells: Tells = "step"):
+        self.alpha_bar, self.between, self.tells = alpha_bar, between, tells
         self.t_max = float(len(alpha_bar) - 1)
         self.straight = float(alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
+        if between == "level" and alpha_bar[-1] == 0:
+            raise UserError("between 'level': sigma / alpha has no end where the last step is pure noise; take 'log_alpha'")
         # index 0 is the data (t = -1), index k is t = k - 1
         self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * alpha_bar.log()])
+        self._log_snr = self._log_alpha - 0.5 * torch.log(-torch.expm1(2 * self._log_alpha))
         self._told = None if told is None else torch.cat([-torch.ones(1, dtype=torch.float64), told.double()])
 
     @property
@@ -156,14 +166,20 @@ class Discrete(Process):
         return 1 - self.alpha_bar / previous
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Between steps log(alpha) is linear: the VP diffusion whose beta is constant from one step to the next."""
         log_alpha = _between(self._log_alpha.to(t.device), t)
+        if self.between != "log_alpha":  # but for the way to the data, where these are infinite
+            log_snr, inside = self._log_snr.to(t.device), (t > 0) & (t < self.t_max)
+            found = _between(log_snr, t) if self.between == "log_snr" else -_between((-log_snr).exp(), t).log()
+            log_alpha = torch.where(inside, 0.5 * torch.nn.functional.logsigmoid(2 * found), log_alpha)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
 
     def time(self, t: Tensor) -> Tensor:
-        if self._told is None:
-            return t
-        return _between(self._told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
+        dtype = t.dtype if t.is_floating_point() else torch.float32
+        if self._told is not None:
+            t = _between(self._told.to(t.device, torch.float32), t).to(dtype)
+        if self.tells == "thousandth":
+            return (t * (1000.0 / len(self.alpha_bar))).to(dtype)
+        return t.round() if self.tells == "whole" else t
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:
@@ -179,15 +195,22 @@ class DDPM(Discrete):
     """T steps from a schedule of betas.
 
     Args:
-        start, end: first and last beta of the schedule (its own default if None).
+        start, end: first and last beta of the schedule (its own default if None). Improved DDPM scales those of "linear" with
+            the steps: 0.1 / T and 20 / T.
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+        between, tells: see ``Discrete``.
     """
 
     def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
-                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False):
+                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
+                 between: Between = "log_alpha", tells: Tells = "step"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
-        alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
-        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar)
+        betas = SCHEDULES[schedule](steps, **given)
+        if steps < 1 or not ((betas > 0) & (betas < 1)).all():
+            raise UserError(f"DDPM: schedule {schedule!r}, steps {steps}, start {start}, end {end}: expected a step or more and "
+                            f"betas between 0 and 1, got {betas[:1].tolist()} to {betas[-1:].tolist()}")
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar, between=between, tells=tells)
 
 
 class Table(Discrete):
@@ -196,12 +219,13 @@ class Table(Discrete):
     Args:
         alpha_bar: products of 1 - beta, decreasing from below 1 to 0 or above; betas: in their place. One of both.
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+        between, tells: see ``Discrete``.
 
     A checkpoint holds the numbers themselves: ``block`` is this process's config without the file.
     """
 
     def __init__(self, alpha_bar: list[float] | Path | None = None, betas: list[float] | Path | None = None,
-                 zero_terminal: bool = False):
+                 zero_terminal: bool = False, between: Between = "log_alpha", tells: Tells = "step"):
         if (alpha_bar is None) == (betas is None):
             raise UserError("a table of noise levels is given as alpha_bar or as betas: one of both")
         table = numbers("alpha_bar", alpha_bar) if betas is None else torch.cumprod(1 - numbers("betas", betas), 0)
@@ -211,8 +235,9 @@ class Table(Discrete):
             k = wrong[0]
             raise UserError(f"alpha_bar[{k}] is {float(table[k]):g} after {float(before[k]):g}: alpha-bar, the product of "
                             "1 - beta, has to decrease at every step, from below 1 and not below 0")
-        super().__init__(zero_terminal_snr(table) if zero_terminal else table)
-        self.block = {"target": "ldm.process.Table", "params": {"alpha_bar": self.alpha_bar.tolist()}}
+        super().__init__(zero_terminal_snr(table) if zero_terminal else table, between=between, tells=tells)
+        self.block = {"target": "ldm.process.Table",
+                      "params": {"alpha_bar": self.alpha_bar.tolist(), "between": between, "tells": tells}}
 
 
 def respaced(process: Discrete, kept: list[int] | str) -> Discrete:
@@ -226,7 +251,7 @@ def respaced(process: Discrete, kept: list[int] | str) -> Discrete:
     if not kept or kept[0] < 0 or kept[-1] >= steps:
         raise UserError(f"kept: expected steps between 0 and {steps - 1}, got {kept[:1]} to {kept[-1:]}")
     rows = torch.tensor(kept)
-    found = Discrete(process.alpha_bar[rows], process.time(rows.double()))
+    found = Discrete(process.alpha_bar[rows], process.time(rows.double()), process.between)
     if hasattr(process, "block"):
         found.block = {"target": "ldm.process.respaced", "params": {"process": process.block, "kept": kept}}
     return found

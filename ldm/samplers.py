@@ -362,7 +362,7 @@ def dpmpp_2m_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *
 
 
 def dpmpp_3m_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, eta: float = 1.0,
-                 s_noise: float = 1.0, order: Literal[1, 2, 3] = 3, curvature: float = 0.5,
+                 s_noise: float = 1.0, order: Literal[1, 2, 3] = 3, curvature: float | Literal["diffusers"] = 0.5,
                  solver: Literal["midpoint", "heun"] = "heun", of: Predicted = "data", lower_order_final: bool = False,
                  callback: Callback | None = None, noise: Noise | None = None) -> Tensor:
     """DPM-Solver++(3M) SDE (k-diffusion): the parabola through the last three x0 over lambda, integrated.
@@ -370,7 +370,8 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *
     Args:
         eta, s_noise: factors of the noise.
         curvature: factor of the parabola's second derivative: 1 makes the method with eta = 0 one of third order
-            ("dpmpp_3m" in SAMPLERS); k-diffusion and DPM-Solver's authors take half of it, diffusers' SDE form -1/2.
+            ("dpmpp_3m" in SAMPLERS); k-diffusion and DPM-Solver's authors take half of it. "diffusers": its SDE form, which
+            has -1/2 in the weight where the others have +1/2.
         solver: of the steps of order 2, see ``dpmpp_2m_sde``; diffusers and DPM-Solver's authors take midpoint.
         of: "noise" with eta = 0 is DPM-Solver(3M), without ++.
         lower_order_final: the last steps are of order 2, 1.
@@ -388,7 +389,8 @@ def dpmpp_3m_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *
             if len(past) == 3:
                 r_0, r_1 = (log_snr - past[1][0]) / h, (past[1][0] - past[2][0]) / h
                 change = (rises[0] - rises[1]) / (r_0 + r_1)
-                x = x + slope * (rises[0] + r_0 * change) + curvature * bend * change
+                weight = bend / 2 - there.alpha if curvature == "diffusers" else curvature * bend
+                x = x + slope * (rises[0] + r_0 * change) + weight * change
             else:
                 x = x + (value / 2 if solver == "midpoint" else slope) * rises[0]
         x = noised(x, s_noise * up, noise, step)

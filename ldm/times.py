@@ -1,4 +1,5 @@
 """Lists of times for samplers: (process, n) -> (n + 1,) decreasing, fp64, from t_max to the time of clean data.
+An ``overlap`` gives steps (n, 2) in their place, from where and to where each goes.
 
 Lists of the first kind space the times themselves, those of the second the noise levels sigma/alpha (the sigma of
 k-diffusion), which every process has: a level becomes a time by inverting sigma(t)/alpha(t). Lists of published samplers
@@ -19,6 +20,7 @@ from ldm.process import Process
 
 Times = Callable[..., Tensor]
 End = Literal["data", "first"]  # a list ends at clean data, or at t_min, the noise of the first training step
+Over = Literal["level", "sigma"]  # what is spaced: sigma / alpha, which is the sigma of k-diffusion; or a flow's own sigma
 
 ENDLESS = (0.002, 80.0)  # noise levels between which a process is walked that goes on to 0 or infinity (EDM's)
 
@@ -26,21 +28,24 @@ ENDLESS = (0.002, 80.0)  # noise levels between which a process is walked that g
 # Times.
 
 
-def linear(process: Process, n: int, *, end: End = "data", round: bool = False) -> Tensor:
+def linear(process: Process, n: int, *, end: End = "data", round: bool = False, overlap: bool = False) -> Tensor:
     """n + 1 evenly spaced times from t_max to t_data: "trailing" for discrete kinds (2305.08891, table 2).
 
-    round: to whole steps (discrete kinds), as diffusers does where n does not divide T.
+    round: to whole steps (discrete kinds), as diffusers does where n does not divide T. overlap: see ``linspace``.
     """
     times = torch.linspace(process.t_max, process.t_data, n + 1, dtype=torch.float64)
     if round:
         _steps(process, n, "linear")
         times = (times + 1).round() - 1  # ties go to even numbers as they count, from 1
-    return _ended(times, process, end)
+    return _back(times[:-1], process, n, end) if overlap else _then(times[:-1], process, end)
 
 
-def shifted(process: Process, n: int, *, shift: float = 3.0) -> Tensor:
-    """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23)."""
-    return _at_shares(process, _shift(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift))
+def shifted(process: Process, n: int, *, shift: float = 3.0, first: float = 1.0) -> Tensor:
+    """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
+
+    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999.
+    """
+    return _at_shares(process, _shift(torch.linspace(first, 0, n + 1, dtype=torch.float64), shift))
 
 
 def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None) -> Tensor:
@@ -56,28 +61,40 @@ def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.0
     return _at_shares(process, torch.cat([share, share.new_zeros(1)]))
 
 
-def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173)."""
+def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sigma_min: float | None = None,
+         sigma_max: float | None = None, over: Literal["time", "level", "sigma"] = "time") -> Tensor:
+    """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173).
+
+    over: the time axis; or n of them over noise levels, or over a flow's own sigma, from sigma_max to sigma_min, then clean
+    data (diffusers' use_beta_sigmas).
+    """
     logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
     share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
     density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
     total = torch.cumulative_trapezoid(density, logit)
-    found = _interpolate(torch.linspace(1, 0, n + 1, dtype=torch.float64), total / total[-1], share[1:])
-    found[0], found[-1] = 1, 0
-    return _at_shares(process, found)
+    even = torch.linspace(1, 0, n + (over == "time"), dtype=torch.float64)
+    found = _interpolate(even, total / total[-1], share[1:])
+    found[even == 1], found[even == 0] = 1, 0
+    if over == "time":
+        return _at_shares(process, found)
+    low, high = _range(process, sigma_min, sigma_max, over)
+    return _at_levels(process, low + found * (high - low), over, whole=sigma_max is None)
 
 
-def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data") -> Tensor:
+def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data",
+             overlap: bool = False) -> Tensor:
     """Even times from t_max to t_min, both among them, then clean data (2305.08891, table 2). Not for flows: t_min is clean.
 
     Discrete kinds: points "n+1" leaves out the last, t_min, as diffusers' DPM-Solver, UniPC and DEIS do; round: to whole
-    steps (not in diffusers' Euler, Heun, LMS).
+    steps (not in diffusers' Euler, Heun, LMS); overlap: every step goes back by T // n, beyond where the next one begins
+    (diffusers' DDIM and PNDM).
     """
     if process.t_min == process.t_data:
         raise ValueError(f"times 'linspace' hold t_min and then clean data, which {type(process).__name__} has at the same "
                          "time; take 'linear'")
     times = torch.linspace(process.t_max, process.t_min, n + (points == "n+1"), dtype=torch.float64)[:n]
-    return _then(times.round() if round and process.t_data < 0 else times, process, end)
+    times = times.round() if round and process.t_data < 0 else times
+    return _back(times, process, n, end) if overlap else _then(times, process, end)
 
 
 def leading(process: Process, n: int, *, offset: int = 1, divide: Literal["n", "n+1"] = "n", end: End = "data") -> Tensor:
@@ -108,42 +125,63 @@ def quadratic(process: Process, n: int) -> Tensor:
     return _ladder(ladder.unique(), process, "first", "quadratic")
 
 
+def lcm(process: Process, n: int, *, trained: int = 50, end: End = "data") -> Tensor:
+    """n of the ``trained`` even times that a consistency model was distilled at, from the last training step; then clean
+    data (LCM, 2310.04378; diffusers' LCM, and with end "first" its TCD). Discrete kinds only."""
+    steps = _steps(process, trained, "lcm")
+    if n > trained:
+        raise ValueError(f"times 'lcm': {n} steps of the {trained} that it was trained at; take {trained} at most")
+    ladder = (torch.arange(1, trained + 1) * (steps // trained) - 1).flip(0)
+    return _then(ladder[torch.arange(n) * trained // n].double(), process, end)
+
+
 # Noise levels.
 
 
 def karras(process: Process, n: int, *, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None,
-           round: bool = False) -> Tensor:
+           round: bool = False, over: Over = "level") -> Tensor:
     """n levels, even after the root of order rho, then clean data (EDM, 2206.00364, eq. 5). Every process.
 
     sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite; k-diffusion and diffusers' DPM
     take those of the whole training range, diffusers' Euler those of the first and last "leading" time. round: to whole
-    steps, at which a network was trained (discrete kinds).
+    steps, at which a network was trained (discrete kinds). over: "sigma" as diffusers' flow matching, on flows.
     """
-    low, high = _range(process, sigma_min, sigma_max)
+    low, high = _range(process, sigma_min, sigma_max, over)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return _at_levels(process, levels, whole=sigma_max is None, round=round)
+    return _at_levels(process, levels, over, whole=sigma_max is None, round=round)
 
 
 def polyexponential(process: Process, n: int, *, rho: float = 1.0, sigma_min: float | None = None,
-                    sigma_max: float | None = None, round: bool = False) -> Tensor:
+                    sigma_max: float | None = None, round: bool = False, over: Over = "level") -> Tensor:
     """n levels whose logarithms follow a ramp to the power rho, then clean data (k-diffusion). Every process."""
-    low, high = _range(process, sigma_min, sigma_max)
+    low, high = _range(process, sigma_min, sigma_max, over)
     ramp = torch.linspace(1, 0, n, dtype=torch.float64) ** rho
     levels = torch.exp(math.log(low) + ramp * math.log(high / low))
-    return _at_levels(process, levels, whole=sigma_max is None, round=round)
+    return _at_levels(process, levels, over, whole=sigma_max is None, round=round)
 
 
 def exponential(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None,
-                round: bool = False) -> Tensor:
+                round: bool = False, over: Over = "level") -> Tensor:
     """n levels in even ratios, then clean data (k-diffusion; diffusers' exponential and "lu lambdas"). Every process."""
-    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, round=round)
+    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, round=round, over=over)
 
 
 def log_snr(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
     """n + 1 levels in even ratios, so n equal steps of log(alpha / sigma) (DPM-Solver, 2206.00927, section 3.3). Every
     process; ends at sigma_min, not at clean data, as theirs."""
     return exponential(process, n + 1, sigma_min=sigma_min, sigma_max=sigma_max)[:-1]
+
+
+def dpm_fast(process: Process, n: int, *, order: int = 3, sigma_min: float | None = None,
+             sigma_max: float | None = None) -> Tensor:
+    """For the sampler "dpm_fast": its blocks are equal steps of log(alpha / sigma), each in even parts (k-diffusion; n + 1
+    levels). Every process; ends at sigma_min."""
+    low, high = (math.log(level) for level in _range(process, sigma_min, sigma_max))
+    sizes = blocks(n, order)
+    place = torch.cat([k + torch.arange(size, dtype=torch.float64) / size for k, size in enumerate(sizes)])
+    levels = torch.exp(high + (low - high) / len(sizes) * torch.cat([place, place.new_tensor([len(sizes)])]))
+    return _at_levels(process, levels, whole=sigma_max is None)[:-1]
 
 
 def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1, sigma_min: float | None = None,
@@ -154,7 +192,7 @@ def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1,
         (math.sqrt(beta_min**2 + 2 * beta_d * b) - beta_min) / beta_d
         for b in (math.log1p(level**2) for level in _range(process, sigma_min, sigma_max)))
     t = torch.linspace(high, low, n, dtype=torch.float64)
-    return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), whole=sigma_max is None)
+    return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), "level", whole=sigma_max is None)
 
 
 def sigmas(process: Process, n: int, *, values: Sequence[float]) -> Tensor:
@@ -193,9 +231,9 @@ def blocks(n: int, order: int, lower_order_final: bool = True, clean: bool = Fal
 
 TIMES: dict[str, Times] = {
     "linear": linear, "trailing": linear, "leading": leading, "linspace": linspace, "compvis": compvis,
-    "quadratic": quadratic, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,
-    "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp, "sigmas": sigmas,
-    "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
+    "quadratic": quadratic, "lcm": lcm, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,
+    "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "dpm_fast": dpm_fast, "vp": vp,
+    "sigmas": sigmas, "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
 }  # fmt: skip
 
 
@@ -203,16 +241,20 @@ def make_times(spec: Spec | Sequence[float] | Tensor, process: Process, n: int |
     """The times that a name, {name: ..., option: ...} or a list of times asks for.
 
     A list (M + 1,) is what it says where n is None or M; else the logarithms of its noise levels are interpolated to n
-    steps, its ends being kept ("align your steps", 2404.14507).
+    steps, its ends being kept ("align your steps", 2404.14507). Steps (M,2), from where and to where, are what they say.
     """
     if isinstance(spec, (str, Mapping)):
         return pick(spec, TIMES, "times")(process, n)
     times = torch.as_tensor(spec, dtype=torch.float64)
     low, high = min(process.t_data, process.t_min), process.t_max
-    if not (times.ndim == 1 and len(times) > 1 and (times.diff() < 0).all() and times[0] <= high and times[-1] >= low):
+    pairs = times.ndim == 2 and times.shape[1] == 2
+    falling = (times.diff() < 0).all() if pairs or times.ndim == 1 else False
+    if not (falling and times.numel() > 1 and times.max() <= high and times.min() >= low):
         raise ValueError(f"times: expected two or more decreasing times from {high:g} down to {low:g} at most, got "
                          f"{times.tolist()}")
-    return times if n is None or n == len(times) - 1 else _stretched(process, times, n)
+    if pairs and n not in (None, len(times)):
+        raise ValueError(f"times: {len(times)} steps from and to where cannot be brought to {n}; give a list of times")
+    return times if pairs or n is None or n == len(times) - 1 else _stretched(process, times, n)
 
 
 def _when(process: Process, log_snr: Tensor) -> Tensor:
@@ -231,9 +273,9 @@ def _at_shares(process: Process, share: Tensor) -> Tensor:
     return torch.where(share == 1, process.t_max, times)
 
 
-def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = False) -> Tensor:
+def _at_levels(process: Process, levels: Tensor, over: Over = "level", *, whole: bool, round: bool = False) -> Tensor:
     """Noise levels (n,) -> times, then clean data. whole: the first is t_max itself."""
-    times = _when(process, -levels.log())
+    times = _when(process, -(levels if over == "level" else levels / (1 - levels)).log())
     if whole:
         times[0] = process.t_max
     if round:
@@ -242,13 +284,16 @@ def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = F
     return _then(times, process, "data")
 
 
-def _range(process: Process, low: float | None, high: float | None) -> tuple[float, float]:
+def _range(process: Process, low: float | None, high: float | None, over: Over = "level") -> tuple[float, float]:
     """The least and the greatest level: what is asked for, else those of t_min and t_max, as far as they are numbers."""
+    if over == "sigma" and float(sum(process.exact(torch.tensor(0.5, dtype=torch.float64)))) != 1:
+        raise ValueError(f"times over 'sigma' are for flows, where alpha = 1 - sigma; {type(process).__name__} takes 'level'")
     own = torch.exp(-process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64))).tolist()
     low = (own[0] if own[0] > 0 else ENDLESS[0]) if low is None else low
-    high = (min(own[1], ENDLESS[1]) if process.straight else own[1]) if high is None else high
-    if not 0 < low < high:
-        raise ValueError(f"times: sigma_min {low:g} and sigma_max {high:g}: expected 0 < sigma_min < sigma_max")
+    high = (1.0 if over == "sigma" else min(own[1], ENDLESS[1]) if process.straight else own[1]) if high is None else high
+    if not 0 < low < high or (over == "sigma" and high > 1):
+        raise ValueError(f"times: sigma_min {low:g} and sigma_max {high:g}: expected 0 < sigma_min < sigma_max"
+                         + " <= 1" * (over == "sigma"))
     return low, high
 
 
@@ -292,10 +337,16 @@ def _ladder(ladder: Tensor, process: Process, end: End, name: str) -> Tensor:
     return _then(ladder.flip(0).double(), process, end)
 
 
+def _last(process: Process, end: End) -> float:
+    return process.t_data if end == "data" else process.t_min
+
+
 def _then(times: Tensor, process: Process, end: End) -> Tensor:
     """The times (n,) and where they end."""
-    return torch.cat([times, times.new_tensor([process.t_data if end == "data" else process.t_min])])
+    return torch.cat([times, times.new_tensor([_last(process, end)])])
 
 
-def _ended(times: Tensor, process: Process, end: End) -> Tensor:
-    return times if end == "data" else _then(times[:-1], process, end)
+def _back(times: Tensor, process: Process, n: int, end: End) -> Tensor:
+    """Steps (n,2) from the times (n,) back by T // n; those beyond the first training step end where the list does."""
+    to = times - _steps(process, n, "overlap") // n
+    return torch.stack([times, torch.where(to < process.t_min, _last(process, end), to)], 1)

@@ -27,7 +27,7 @@ from ldm.times import (
 )
 
 DISCRETE = ("leading", "compvis")
-FROM_MOST_NOISE = [name for name in TIMES if name not in (*DISCRETE, "quadratic", "log_snr", "sigmas")]
+FROM_MOST_NOISE = [name for name in TIMES if name not in (*DISCRETE, "quadratic", "lcm", "log_snr", "dpm_fast", "sigmas")]
 
 
 def levels(process, times):
