@@ -207,8 +207,8 @@ class DDPM(Discrete):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
         betas = SCHEDULES[schedule](steps, **given)
         if steps < 1 or not ((betas > 0) & (betas < 1)).all():
-            raise UserError(f"DDPM: schedule {schedule!r}, steps {steps}, start {start}, end {end}: expected a step or more and "
-                            f"betas between 0 and 1, got {betas[:1].tolist()} to {betas[-1:].tolist()}")
+            raise UserError(f"DDPM: schedule {schedule!r}, steps {steps}, start {start}, end {end}: expected a step or more, "
+                            f"and betas between 0 and 1, got {betas[:1].tolist()} to {betas[-1:].tolist()}")
         alpha_bar = torch.cumprod(1 - betas, 0)
         super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar, between=between, tells=tells)
 

@@ -48,7 +48,8 @@ def process_of(case: Case) -> Process:
         return Table(betas=config["trained_betas"])
     schedule = {"squaredcos_cap_v2": "cosine"}.get(config["beta_schedule"], config["beta_schedule"])
     ends = {} if schedule == "cosine" else {"start": config.get("beta_start", 1e-4), "end": config.get("beta_end", 0.02)}
-    between = "log_snr" if config.get("interpolation_type") == "log_linear" else "level" if kind in VE else "log_alpha"
+    in_log = config.get("interpolation_type") == "log_linear" or any(key.endswith("_sigmas") and config[key] for key in config)
+    between = "log_alpha" if kind not in VE else "log_snr" if in_log else "level"
     if config.get("rescale_betas_zero_snr"):
         process = DDPM(schedule, steps, **ends, zero_terminal=True)
         if kind in ("DDPM", "DDIM", "LCM", "TCD"):
@@ -200,25 +201,33 @@ def said(f: Tensor, x: Tensor, alpha: float, sigma: float, case: Case) -> Predic
     return Prediction(x0, eps, var)
 
 
-def replay(case: Case, sampler, times: Tensor, process: Process) -> tuple[int, list[float]]:
-    """Runs a sampler on the recorded outputs. -> calls made, and the error of each state relative to its greatest number."""
+def replay(case: Case, sampler, times: Tensor, process: Process) -> tuple[list[float], list[float]]:
+    """Runs a sampler on the recorded outputs. -> the times that it asks at, and the error of each state relative to its
+    greatest number."""
     outputs, states, noises = case.out("model_output"), case.out("traj"), iter(case.noise.double())
-    calls, errors = 0, []
+    asked, errors = [], []
 
     def compare(x: Tensor, t: float) -> None:
         alpha = float(process.exact(torch.tensor(float(t), dtype=torch.float64))[0]) if case.kind in VE else 1.0
-        errors.append(float((x / alpha - states[calls]).abs().max() / states[calls].abs().max()))
+        k = len(asked)
+        errors.append(float((x / alpha - states[k]).abs().max() / states[k].abs().max()))
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
-        nonlocal calls
         alpha, sigma = (float(c[0]) for c in process.exact(t[:1].double()))
         compare(x, t[0])
-        guess = said(outputs[calls], x, alpha, sigma, case)
-        calls += 1
-        return guess
+        asked.append(float(t[0]))
+        return said(outputs[len(asked) - 1], x, alpha, sigma, case)
 
     alpha, _ = process.exact(times.flatten()[0]) if case.kind in VE else (1.0, None)
     last = sampler(denoise, states[0] * alpha, times, process, noise=lambda step, shape: next(noises))
-    if calls < len(states):
+    if len(asked) < len(states):
         compare(last, times.flatten()[-1])
-    return calls, errors
+    return asked, errors
+
+
+def told(case: Case, process: Process, asked: list[float]) -> tuple[Tensor, Tensor]:
+    """What our network and theirs are told at these calls, in the same units; theirs may be rounded to whole steps."""
+    theirs, ours = case.out("timesteps")[: len(asked)], torch.tensor(asked, dtype=torch.float64)
+    if isinstance(process, EDM):
+        return ours.log() / 4, theirs
+    return process.time(ours), theirs

@@ -74,11 +74,11 @@ def same(case):
         alpha, sigma = process.exact(times)
         found, expected = sigma if isinstance(process, RectifiedFlow) else sigma / alpha, own_levels(case)[: len(times)]
         assert torch.allclose(found[: len(expected)], expected, rtol=2e-5, atol=1e-12)
-    calls, errors = replay(case, sampler, times, process)
+    asked, errors = replay(case, sampler, times, process)
     errors = errors[-1:] if "s_churn" in case.step else errors  # the network sees x after churn, theirs is x before
     weights_are_differences = case.kind == "DEISMultistep" and case.config.get("solver_order") == 3  # in fp32
     assert max(errors) < (1e-3 if weights_are_differences else 3e-5), errors
-    assert calls == len(case.out("model_output")) or times.flatten()[-1] == process.t_min
+    assert len(asked) == len(case.out("model_output")) or times.flatten()[-1] == process.t_min
 
 
 @pytest.mark.parametrize("name", [name for name in ABOUT if f"out.{name}.traj" not in DATA

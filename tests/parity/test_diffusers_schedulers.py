@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers_replay import Case, own_levels, prepared, replay, said
+from diffusers_replay import Case, own_levels, prepared, replay, said, told
 from safetensors.torch import load_file
 
-from ldm.parameterization import PARAMETERIZATIONS
+from ldm.parameterization import PARAMETERIZATIONS, target
 from ldm.process import DDPM, RectifiedFlow
 from ldm.samplers import ADAMS_BASHFORTH, ddim
 from ldm.weights import MinSNR
@@ -55,12 +55,22 @@ def test_noise_levels(name):
 def test_trajectories(name):
     case = CASES[name]
     process, times, sampler = prepared(case)
-    calls, errors = replay(case, sampler, times, process)
+    asked, errors = replay(case, sampler, times, process)
     if "s_churn" in case.step:
         errors = errors[-1:]  # the network sees x after churn, recorded is x before
     # theirs is fp32: weights of order 3 are small differences, zero terminal SNR begins at sigma = 4096
     assert max(errors) < (1e-4 if name.startswith("DEIS.order3") else 2e-5 if "zero_snr" in name or "sde" in name else 1e-5)
-    assert calls == len(case.out("model_output")) or times.flatten()[-1] == process.t_min  # steps to where one is make no call
+    assert len(asked) == len(case.out("model_output")) or times.flatten()[-1] == process.t_min  # no call for steps to where one is
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_what_the_network_is_told(name):
+    case = CASES[name]
+    process, times, sampler = prepared(case)
+    found, expected = told(case, process, replay(case, sampler, times, process)[0])
+    rounded = case.tensors["timesteps"].dtype == torch.int64 and (found != found.round()).any()
+    churned = "s_churn" in case.step  # what is recorded is told before the noise is raised
+    assert churned or torch.allclose(found, expected, rtol=1e-4, atol=1.0 if rounded else 2e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("PNDM.linspace")])
@@ -104,3 +114,13 @@ def test_tables():
     assert torch.allclose(zero.betas, DATA["out.table.zero_snr.betas"].double(), rtol=5e-5, atol=2e-6)
     for name in ("linear", "sigmoid"):
         assert torch.allclose(DDPM(name).betas, DATA[f"out.table.{name}.betas"].double(), rtol=2e-5)
+
+
+@pytest.mark.parametrize(("key", "parameterization"), [("add_noise.zero_snr", None), ("get_velocity.sd", "v")])
+def test_noising_and_velocity(key, parameterization):
+    process, t = DDPM("scaled_linear", zero_terminal="zero_snr" in key), torch.tensor([0.0, 1.0, 500.0, 999.0])
+    x0, eps = DATA["in.x_T"], DATA["in.noise"][0]
+    found = process.add_noise(x0, eps, t)
+    if parameterization:
+        found = target(x0, eps, *PARAMETERIZATIONS[parameterization](*(c.view(-1, 1, 1, 1) for c in process.coefficients(t))))
+    assert torch.allclose(found, DATA[f"out.{key}"], atol=2e-6)
