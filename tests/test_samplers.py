@@ -1,9 +1,9 @@
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
-from oracles import ENDLESS, MEAN, PROCESSES, STD, Mixture, at, gaussian, slope, transported
+from oracles import ENDLESS, MEAN, PROCESSES, STD, Lattice, Mixture, at, gaussian, moments, slope, transported
 
 from ldm.common.random import normal
 from ldm.cond import Cond
@@ -11,7 +11,7 @@ from ldm.denoiser import Denoiser, bind
 from ldm.parameterization import PARAMETERIZATIONS, Prediction, target
 from ldm.process import DDPM, EDM
 from ldm.samplers import SAMPLERS, ddim_inversion
-from ldm.times import TIMES, linear
+from ldm.times import TIMES, karras, linear
 
 VARIANTS = {
     **SAMPLERS, "ddim_half": partial(SAMPLERS["ddim"], eta=0.5), "ddpm_large": partial(SAMPLERS["ddpm"], variance="large"),
@@ -25,7 +25,7 @@ DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "plms", "pndm", "dpm_2", "
                  "dpmpp_fast")  # fmt: skip
 OTHERS = ("dpm_adaptive", "lcm", "tcd")  # no fixed steps; not for a denoiser
 AFFINE = [name for name in VARIANTS if name not in OTHERS]
-FIRST_ORDER = ("ddim", "euler")
+HIGHER = [name for name in DETERMINISTIC if name not in ("ddim", "euler")]  # of second order or more
 ORDERS = {  # the sampler, its order of convergence
     "ddim": (SAMPLERS["ddim"], 1), "euler": (SAMPLERS["euler"], 1), "heun": (SAMPLERS["heun"], 2),
     "dpm_2": (SAMPLERS["dpm_2"], 2), "dpmpp_2m": (SAMPLERS["dpmpp_2m"], 2), "dpmpp_2s": (SAMPLERS["dpmpp_2s"], 2),
@@ -33,18 +33,18 @@ ORDERS = {  # the sampler, its order of convergence
     "dpmpp_2m_heun": (partial(SAMPLERS["dpmpp_2m_sde_heun"], eta=0.0), 2),
     **{f"lms_{order}": (partial(SAMPLERS["lms"], order=order), order) for order in (1, 2, 3, 4)},
     **{f"deis_{basis}": (partial(SAMPLERS["deis"], basis=basis), 3) for basis in ("t", "log_rho")},
-    "unip_2": (partial(SAMPLERS["unipc"], corrector=False, lower_order_final=False), 2),
-    "unip_3": (partial(SAMPLERS["unipc"], order=3, corrector=False, lower_order_final=False), 3),
+    **{f"unip_{order}_{of}": (partial(SAMPLERS["unipc"], order=order, corrector=False, lower_order_final=False, of=of), order)
+       for order in (2, 3) for of in ("data", "noise")},
+    **{f"unipc_{order}": (partial(SAMPLERS["unipc"], order=order, lower_order_final=False), order + 1) for order in (1, 2, 3)},
+    "plms": (SAMPLERS["plms"], 2), "plms_2": (partial(SAMPLERS["plms"], order=2), 2), "pndm": (SAMPLERS["pndm"], 2),
+    "dpm_solver_2m": (SAMPLERS["dpm_solver_2m"], 2), "dpm_solver_3m": (SAMPLERS["dpm_solver_3m"], 3),
+    **{f"{name}_{order}": (partial(SAMPLERS[name], order=order, lower_order_final=False), order)
+       for name in ("dpm_fast", "dpmpp_fast") for order in (1, 2, 3)},
 }  # fmt: skip
 
 
 def times(name, n):
-    """Even in t; for EDM even in log sigma, as its noise spans many orders of magnitude."""
-    process = PROCESSES[name]
-    if name != "edm":
-        return linear(process, n)
-    ladder = torch.logspace(math.log10(process.t_max), math.log10(process.t_min), n, dtype=torch.float64)
-    return torch.cat([ladder, torch.zeros(1, dtype=torch.float64)])
+    return karras(PROCESSES[name], n)
 
 
 def affine(sampler, name, n):
@@ -69,45 +69,75 @@ def prior(name):
     return alpha, math.hypot(alpha * STD, sigma)
 
 
+SOME = pytest.mark.parametrize("name", ["scaled_linear", "cosine", "zero_terminal", "flow", "edm"])
+
+
+@SOME
 @pytest.mark.parametrize("sampler", AFFINE)
-@pytest.mark.parametrize(("name", "n"), [*((name, 80) for name in PROCESSES), ("flow", 320), ("edm", 320)])
-def test_samples_have_the_moments_of_the_data(name, sampler, n):
+def test_samples_have_the_moments_of_a_gaussian(name, sampler):
+    """Exactly, by the affine map that a sampler is on such data. Errors of first order are extrapolated to no steps at all."""
     alpha, spread = prior(name)
-    offset, gain, noises = affine(VARIANTS[sampler], name, n)
-    assert offset + gain * alpha * MEAN == pytest.approx(MEAN, abs=1e-6)
-    std = math.sqrt((gain * spread) ** 2 + noises.square().sum().item())
-    first_order, second_order = (0.16, 0.05) if n == 80 else (0.04, 0.012)
-    assert std == pytest.approx(STD, rel=second_order if sampler in DETERMINISTIC and sampler not in FIRST_ORDER else first_order)
+    stds = []
+    for n in (32, 64):
+        offset, gain, noises = affine(VARIANTS[sampler], name, n)
+        assert offset + gain * alpha * MEAN == pytest.approx(MEAN, abs=1e-6)
+        stds.append(math.sqrt((gain * spread) ** 2 + noises.square().sum().item()))
+    if sampler in DETERMINISTIC:  # the map of the probability-flow ODE
+        assert not noises.any()
+        assert gain == pytest.approx(STD / spread, rel=0.01 if sampler in HIGHER else 0.06)
+    assert (stds[1] if sampler in HIGHER else 2 * stds[1] - stds[0]) == pytest.approx(
+        STD, rel=0.01 if sampler in HIGHER else 0.005 if sampler in DETERMINISTIC else 0.065)
 
 
-@pytest.mark.parametrize("sampler", DETERMINISTIC)
-@pytest.mark.parametrize("name", PROCESSES)
-def test_deterministic_samplers_are_the_map_of_the_ode(name, sampler):
-    alpha, spread = prior(name)
-    offset, gain, noises = affine(VARIANTS[sampler], name, 100)
-    close = 0.06 if sampler in FIRST_ORDER else 0.03
-    assert not noises.any()
-    assert gain == pytest.approx(STD / spread, rel=close)
-    assert offset == pytest.approx(MEAN - alpha * MEAN * STD / spread, abs=close * alpha * MEAN + 1e-6)
+@pytest.mark.parametrize("name", ["scaled_linear", "flow"])
+@pytest.mark.parametrize("sampler", AFFINE)
+def test_samples_have_the_moments_of_a_mixture(name, sampler):
+    """Mean, deviation, third moment and the share of one part, by quadrature: the quantiles of what sampling starts from, and
+    noise from a lattice. Again extrapolated where they converge with the first order."""
+    process, size, found = PROCESSES[name], 1000, []
+    mixture = Mixture(process)
+    share = ((torch.arange(size, dtype=torch.float64) + 0.5) / size).view(-1, 1, 1, 1)
+    for n in (50,) if sampler in HIGHER else (50, 100):
+        lattice = Lattice(size)
+        found.append(moments(VARIANTS[sampler](mixture.denoise, mixture.quantiles(share, process.t_max), times(name, n), process,
+                                               noise=lattice, callback=lattice.see)))  # fmt: skip
+    error = (found[0] if sampler in HIGHER else 2 * found[1] - found[0]) - Mixture.moments()
+    assert (error.abs() < torch.tensor([0.001, 0.005, 0.01, 0.001] if sampler in DETERMINISTIC else [0.008, 0.015, 0.03, 0.008])).all()
+
+
+@cache
+def smooth(name):
+    """Between two times where everything is smooth: begin, end, x, and where the ODE brings it."""
+    process = PROCESSES[name]
+    begin, end = (process.t_min + share * (process.t_max - process.t_min) for share in (0.7, 0.15))
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1) * max(1.0, begin if name == "edm" else 0.0)
+    return begin, end, x, Mixture(process).transported(x, begin, end)
 
 
 @pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("name", ["scaled_linear", "vp", "trigonometric", "flow", "flow_shift", "edm"])
+@pytest.mark.parametrize("name", ["scaled_linear", "trigonometric", "flow", "edm"])
 def test_order_of_convergence(name, sampler):
-    """Between two times where everything is smooth, against the exact solution for a mixture of two Gaussians. The first
-    steps are short: multistep methods make them by lower orders."""
-    (run, order), process = ORDERS[sampler], PROCESSES[name]
-    begin, end = (process.t_min + share * (process.t_max - process.t_min) for share in (0.7, 0.15))
-    mixture = Mixture(process)
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1) * max(1.0, begin if name == "edm" else 0.0)
-    exact, errors = mixture.transported(x, begin, end), {}
-    for n in (40, 80):
+    """Against the exact solution for a mixture of two Gaussians. The first steps are short: multistep methods make them by
+    lower orders."""
+    (run, order), process, (begin, end, x, exact), errors = ORDERS[sampler], PROCESSES[name], smooth(name), {}
+    for n in (42, 84):  # whole blocks of two and three
         share = torch.linspace(0, 1, n + 1, dtype=torch.float64) ** 2
         path = begin + share * (end - begin)
         if name == "edm":
             path = begin * (end / begin) ** share
-        errors[n] = (run(mixture.denoise, x, path, process) - exact).abs().max().item()
-    assert 0.83 * order < slope(errors) < order + 0.7, errors
+        errors[n] = (run(Mixture(process).denoise, x, path, process) - exact).abs().max().item()
+    low, high = (0.79, 1.0) if sampler.startswith("p") else (0.83, 0.7)  # plms is of second order with a small constant
+    assert low * order < slope(errors) < order + high, errors
+
+
+def test_pndm_is_of_fourth_order_over_even_steps():
+    """Where its weights are those of Adams-Bashforth and its start is Runge and Kutta's."""
+    process, errors = PROCESSES["flow"], {}
+    mixture, x = Mixture(process), torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    for n in (20, 40):
+        out = SAMPLERS["pndm"](mixture.denoise, x, torch.linspace(0.7, 0.15, n + 1, dtype=torch.float64), process)
+        errors[n] = (out - mixture.transported(x, 0.7, 0.15)).abs().max().item()
+    assert 3.5 < slope(errors) < 4.7, errors
 
 
 def test_second_order_is_worth_its_calls():
@@ -143,7 +173,8 @@ class Perfect(torch.nn.Module):
         return target(best.x0, best.eps, p, q).float()
 
 
-@pytest.mark.parametrize(("name", "parameterization"), [(process, name) for process in PROCESSES for name in PARAMETERIZATIONS
+@pytest.mark.parametrize(("name", "parameterization"), [(process, name) for process in ("linear", "zero_terminal", "vp", "flow", "edm")
+                                                        for name in PARAMETERIZATIONS
                                                         if not (name == "noise" and process in ENDLESS)])  # fmt: skip
 def test_every_parameterization_samples_the_same(name, parameterization):
     process = PROCESSES[name]
@@ -306,11 +337,11 @@ def test_inversion_then_sampling_returns(name):
     noise = {refine: ddim_inversion(denoise, x, path.flip(0), process, refine=refine) for refine in (0, 60)}
     back = {refine: (SAMPLERS["ddim"](denoise, noise[refine], path, process) - x).abs().max() for refine in noise}
     assert back[60] < 1e-6 and 1e-6 < back[0] < 0.5
-    assert (noise[0] - transported(process, x, process.t_data, process.t_max)).abs().max() < 0.2 * process.prior_std()
+    assert (noise[0] - transported(process, x, process.t_data, process.t_max)).abs().max() < 0.26 * process.prior_std()
 
 
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("name", PROCESSES)
+@SOME
 def test_adaptive_steps_keep_their_tolerance(name, order):
     process = PROCESSES[name]
     x = process.prior_std() * torch.linspace(-2, 2, 5, dtype=torch.float64).view(-1, 1, 1, 1)
