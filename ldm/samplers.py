@@ -509,13 +509,13 @@ def tcd(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, gamma: 
     along the ODE, and back to the next with new noise.
 
     Args:
-        gamma: how far below, as a share of the next time (whole steps on discrete processes): 0 is DDIM, 1 goes to the data
-            as ``lcm`` does.
+        gamma: how far below, as a share of the next time (to a whole step, where that is one): 0 is DDIM, 1 goes to the
+            data, or the first training step, as ``lcm`` does.
     """
     for step, t, _, there, s in walk(times, process):
         guess = ask(denoise, x, t, step, callback)
         low = (1 - gamma) * s if s > 0 else s
-        low = at(process, math.floor(low) if process.t_data < 0 else low)
+        low = at(process, math.floor(low) if process.t_data < 0 and s == int(s) else low)
         shrink = there.alpha / low.alpha
         x = shrink * (low.alpha * guess.x0 + low.sigma * guess.eps)
         x = noised(x, math.sqrt(max(0.0, there.sigma**2 - (shrink * low.sigma) ** 2)), noise, step)

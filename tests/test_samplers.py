@@ -8,9 +8,10 @@ from oracles import ENDLESS, MEAN, PROCESSES, STD, Lattice, Mixture, at, gaussia
 from ldm.common.random import normal
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser, bind
+from ldm.guidance import cfg
 from ldm.parameterization import PARAMETERIZATIONS, Prediction, target
-from ldm.process import DDPM, EDM
-from ldm.samplers import SAMPLERS, ddim_inversion
+from ldm.process import DDPM, EDM, Process
+from ldm.samplers import SAMPLERS, ddim_inversion, last_orders
 from ldm.times import TIMES, karras, linear
 
 VARIANTS = {
@@ -400,3 +401,173 @@ def test_times_are_found_by_their_log_snr(name):
     process = PROCESSES[name]
     wanted = torch.linspace(-2.0, 3.0, 11, dtype=torch.float64)
     assert torch.allclose(process.log_snr(process.when(wanted)), wanted, atol=1e-9)
+
+
+# Options that bring other people's numbers, and what must be true of them.
+
+
+def test_steps_from_and_to_where():
+    """Pairs of times: a list as pairs is the list; where a step ends beyond the next one's beginning, x is taken as it is."""
+    process, x = PROCESSES["scaled_linear"], torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    denoise, path = gaussian(process), linear(process, 6)
+    pairs = torch.stack([path[:-1], path[1:]], 1)
+    for name in AFFINE:
+        if name in SAMPLERS:
+            once, again = (SAMPLERS[name](denoise, x, each, process, noise=lambda key, shape: torch.ones(shape)) for each in (path, pairs))
+            assert torch.equal(once, again), name
+    overlapping = torch.tensor([[900.0, 500.0], [600.0, 100.0]]).double()
+    found = SAMPLERS["ddim"](denoise, x, overlapping, process)
+    for t, s in overlapping:
+        x = SAMPLERS["ddim"](denoise, x, torch.stack([t, s]), process)
+    assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "vp", "edm"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m", "unipc", "dpm_fast"])
+def test_extrapolating_eps_is_extrapolating_x0_of_the_swapped_process(name, sampler):
+    """DPM-Solver is DPM-Solver++ where data and noise change places: alpha with sigma, x0 with eps, time with its reverse.
+    So over one path there and back, each is the other's mirror image."""
+    process, shape = PROCESSES[name], (1, 1, 2, 2)
+    source = torch.Generator().manual_seed(0)
+    said = [torch.randn(2, *shape, generator=source, dtype=torch.float64) for _ in range(9)]
+    path = torch.linspace(0.9, 0.2, 10, dtype=torch.float64) * process.t_max
+
+    class Swapped(Process):
+        def exact(self, t):
+            return process.exact(t)[::-1]
+
+    def run(process, of, swap):
+        guesses = iter(said)
+
+        def denoise(x, t):
+            x0, eps = next(guesses)
+            return Prediction(eps, x0) if swap else Prediction(x0, eps)
+
+        return SAMPLERS[sampler](denoise, torch.ones(shape, dtype=torch.float64), path, process, of=of)
+
+    swapped = Swapped()
+    swapped.t_max, swapped.t_min = process.t_max, process.t_min
+    assert torch.allclose(run(process, "noise", False), run(swapped, "data", True), rtol=1e-9)
+
+
+def test_multistep_methods_end_by_low_orders_in_flow_coordinates():
+    flow, ddpm = PROCESSES["flow"], PROCESSES["scaled_linear"]
+    assert last_orders(4, None, linear(flow, 6), flow) == [4, 4, 4, 3, 2, 2]
+    assert last_orders(4, 1, linear(flow, 6), flow) == [4, 4, 4, 3, 2, 1]
+    assert last_orders(4, None, linear(ddpm, 3), ddpm) == [4, 4, 4]  # as k-diffusion, diffusers, CompVis
+    assert last_orders(4, None, linear(flow, 6)[:-1], flow) == [4] * 5  # it ends in the noise
+    assert last_orders(2, 4, linear(flow, 3), flow) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("sampler", "order", "left"), [("lms", 1, 0.0), ("lms", 2, 0.5), ("lms", 3, 11 / 12), ("lms", 4, 31 / 24),
+                                                        ("plms", 2, 0.5), ("plms", 4, 31 / 24)])
+def test_what_a_step_to_the_data_leaves_of_an_error(sampler, order, left):
+    """Data that are one point: the ODE forgets everything. An error made before the last step is multiplied by 1 - b."""
+    process, calls = PROCESSES["flow"], []
+    point, path = gaussian(process, std=0.0), torch.linspace(0.6, 0.0, 7, dtype=torch.float64)
+
+    def jolted(x, t):
+        calls.append(t)
+        return point(x + (len(calls) == 6 + (sampler == "plms")), t)  # what the network sees in the last step is 1 too large
+
+    found = SAMPLERS[sampler](jolted, torch.ones(1, 1, 1, 1, dtype=torch.float64), path, process, order=order, final_order=order)
+    b = {1: 1, 2: 3 / 2, 3: 23 / 12, 4: 55 / 24}[order]
+    assert abs(float(found) - MEAN) == pytest.approx(b, rel=1e-9)  # which adds the x that it was: b - 1
+    assert b - 1 == pytest.approx(left)
+
+
+def test_guided_multistep_methods_stay_near_the_solution():
+    """10 linear steps in flow coordinates under guidance 3, where order 4 to the end diverges."""
+    process = PROCESSES["flow"]
+    guided = cfg(gaussian(process, 0.7, 0.05), gaussian(process, 0.0, 1.0), 3.0)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    exact = SAMPLERS["heun"](guided, x, linear(process, 2000), process)
+    for name in ("lms", "plms", "pndm"):
+        error = {options: (SAMPLERS[name](guided, x, linear(process, 10), process, **dict(options)) - exact).abs().max().item()
+                 for options in ((), (("final_order", 4),), (("final_order", 1),), (("order", 2),))}  # fmt: skip
+        assert error[()] < 0.5 * error[("final_order", 4),], (name, error)
+        assert error[("order", 2),] < 0.2 and error[("final_order", 1),] < 0.5, (name, error)
+
+
+def test_slopes_of_v():
+    """Of one step, with the history that v has: diffusers' formula in its own words."""
+    process, path = PROCESSES["scaled_linear"], torch.tensor([900.0, 700.0, 500.0]).double()
+    x, said = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64), []
+
+    def denoise(x, t):
+        guess = gaussian(process)(x, t)
+        alpha, sigma = at(process, t, x)
+        said.append(alpha * guess.eps - sigma * guess.x0)
+        return guess
+
+    seen = []
+    found = SAMPLERS["plms"](denoise, x, path, process, of="v", callback=lambda step, t, x, guess: seen.append(x))
+    v = (3 * said[2] - said[1 - 1]) / 2  # of both steps; the call between them only tried the first
+    (alpha, sigma), (alpha_s, sigma_s) = at(process, path[1], x), at(process, path[2], x)
+    eps = alpha * v + sigma * seen[1]
+    assert torch.allclose(found, alpha_s * (seen[1] - sigma * eps) / alpha + sigma_s * eps)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "flow", "edm"])
+def test_tcd_between_ddim_and_consistency_sampling(name):
+    process, x = PROCESSES[name], torch.randn(3, 1, 2, 2, dtype=torch.float64)
+    draws = torch.randn(6, 3, 1, 2, 2, dtype=torch.float64)
+
+    def run(sampler, **options):
+        return SAMPLERS[sampler](gaussian(process), x, times(name, 6), process, noise=lambda key, shape: draws[key], **options)
+
+    assert torch.allclose(run("tcd", gamma=0.0), run("ddim"), atol=1e-12)
+    data = run("lcm", scaling=1e9)
+    if name != "edm":  # where lcm knows that its last time is the data
+        assert torch.allclose(run("tcd", gamma=1.0), data, atol=0.1 if name == "scaled_linear" else 1e-6)  # to t = 0, not -1
+    assert not torch.allclose(run("tcd"), data, atol=0.1) and not torch.allclose(run("tcd"), run("ddim"), atol=0.1)
+
+
+def test_noise_at_the_end_and_a_share_of_the_variance():
+    """LDM's v_posterior is a share of the way from the posterior's variance to beta; diffusers noises the data once more."""
+    process, z = DDPM("linear"), torch.ones(1, 1, 1, 1).double()
+    fixed = Prediction(torch.full_like(z, 0.5), z)
+
+    def run(path, **options):
+        return float(SAMPLERS["ddpm"](lambda x, t: fixed, 0 * z, torch.tensor(path), process, noise=lambda k, shape: z, **options))
+
+    posterior = process.posterior(500.0, 499.0)
+    plain = float(0.5 * posterior.x0)
+    for share in (0.0, 0.3, 1.0):
+        expected = ((1 - share) * posterior.variance + share * posterior.beta).sqrt()
+        assert run([500.0, 499.0], variance=share) - plain == pytest.approx(float(expected))
+    assert run([1.0, -1.0]) == run([1.0, -1.0], variance="large") == 0.5
+    beta = process.posterior(1.0, -1.0).beta.sqrt()
+    assert run([1.0, -1.0], variance="large", noisy_end=True) - 0.5 == pytest.approx(float(beta))
+    assert run([1.0, -1.0], noisy_end=True) - 0.5 == pytest.approx(1e-10)
+
+
+def test_an_adaptive_step_of_nan_is_told():
+    process = PROCESSES["flow"]
+    with pytest.raises(ValueError, match="the network gave nan"):
+        SAMPLERS["dpm_adaptive"](lambda x, t: Prediction(x * math.nan, x * math.nan), torch.ones(1, 1, 2, 2), linear(process, 2), process)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_pictures_at_all(sampler):
+    process, none = PROCESSES["flow"], torch.zeros(0, 1, 2, 2)
+    assert SAMPLERS[sampler](gaussian(process), none, linear(process, 3), process).shape == none.shape
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_in_half_precision(sampler, dtype):
+    """The network is told the time in fp32, and what comes is near to what fp32 gives."""
+    process, seen = PROCESSES["flow"], []
+    x = torch.linspace(-1, 1, 8).view(2, 1, 2, 2)
+
+    def denoise(x, t):
+        seen.append(t.dtype)
+        guess = gaussian(process)(x.float(), t)
+        return Prediction(guess.x0.to(x.dtype), guess.eps.to(x.dtype))
+
+    half, full = (SAMPLERS[sampler](denoise, x.to(each), linear(process, 6), process, noise=lambda key, shape: torch.ones(shape))
+                  for each in (dtype, torch.float32))  # fmt: skip
+    assert half.dtype is dtype and half.isfinite().all() and set(seen) == {torch.float32}
+    if sampler != "dpm_adaptive":  # its steps are other ones
+        assert (half.float() - full).abs().max() < (0.02 if dtype is torch.float16 else 0.15)
