@@ -291,6 +291,14 @@ def test_ode_is_below_no_bound():
     assert nats < float(bound_of(process, karras(process, 100)).total.mean())
 
 
+def test_likelihoods_of_no_pictures_are_none():
+    process, none = RectifiedFlow(), torch.zeros(0, 1, 2, 2).double()
+    denoise, options = gaussian(process), {"decoder": normal_log_density}
+    assert ode_likelihood(denoise, none, process).log_likelihood.shape == (0,)
+    assert variational_bound(denoise, none, karras(process, 4), process, **options).total.shape == (0,)
+    assert continuous_bound(denoise, none, process, 4, **options).total.shape == (0,)
+
+
 def test_a_network_of_nan_is_told():
     process = RectifiedFlow()
     with pytest.raises(ValueError, match="gave nan"):
