@@ -163,7 +163,7 @@ class Bundle(nn.Module):
             x_T: (B,C,h,w) what sampling starts from, in place of noise.
             times: a name in TIMES, {"name": "karras", "rho": 5}, or decreasing times (N+1,) of the process: as they are
                 without ``steps``, else brought to that number (see ``ldm.times.make_times``).
-            callback: called as callback(step, t, x, prediction) at every step of every batch.
+            callback: called as callback(step, t, x, prediction) at every step of every batch; see ``preview``.
             negative_prompt: what guidance leads away from, one text or one for each picture; None: the empty condition.
             batch_size: pictures at a time; None: all.
             indices: numbers of the pictures; None: 0, 1, 2 ...
@@ -241,6 +241,10 @@ class Bundle(nn.Module):
                 return denoise(x, t)
 
         return in_precision
+
+    def preview(self, guess: Prediction, tile: int | None = None) -> Tensor:
+        """For a ``callback`` of ``generate``: the pictures (B,3,H,W) that the network believes in by then."""
+        return self._decode(guess.x0, tile)
 
     def _decode(self, z: Tensor, tile: int | None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
         rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))
