@@ -99,7 +99,7 @@ def ddim(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, eta: f
 
 
 def ddim_inversion(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, refine: int = 0,
-                   callback: Callback | None = None) -> Tensor:
+                   asks: Literal["begin", "end"] = "begin", callback: Callback | None = None) -> Tensor:
     """From data to noise along the ODE: DDIM over increasing times (2010.02502, section 4.3).
 
     The slope at x_t stands for that at x_s, but at clean data, where there is no noise to be seen, the slope at s does.
@@ -107,10 +107,12 @@ def ddim_inversion(denoise: Denoise, x: Tensor, times: Tensor, process: Process,
     Args:
         refine: rounds of fixed-point iteration on x_s, which make this the exact inverse of ``ddim`` over the same times
             (2309.04907).
+        asks: "end" tells the network the time s together with x_t (diffusers' DDIMInverse).
     """
     chart = Chart(process)
     for step, t, here, there, s in walk(times, process):
-        guess = ask(denoise, *((x, t) if here.sigma > 0 else (chart(there)[0] * x / chart(here)[0], s)), step, callback)
+        seen = (x, t) if here.sigma > 0 else (chart(there)[0] * x / chart(here)[0], s)
+        guess = ask(denoise, *(seen if asks == "begin" else (x, s)), step, callback)
         x_s = chart.jump(x, chart.slope(guess), here, there)
         for _ in range(refine):
             x_s = chart.jump(x, chart.slope(ask(denoise, x_s, s)), here, there)

@@ -342,6 +342,15 @@ def test_inversion_then_sampling_returns(name):
     assert (noise[0] - transported(process, x, process.t_data, process.t_max)).abs().max() < 0.26 * process.prior_std()
 
 
+def test_inversion_may_ask_at_the_end_of_a_step():
+    process, x = PROCESSES["scaled_linear"], torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    path = torch.tensor([100.0, 300.0]).double()
+    (alpha, sigma), (alpha_s, sigma_s) = (at(process, t, x) for t in path)
+    found = ddim_inversion(gaussian(process), x, path, process, asks="end")
+    expected = alpha_s * (x / alpha + (sigma_s / alpha_s - sigma / alpha) * gaussian(process)(x, path[1:].expand(2)).eps)
+    assert torch.allclose(found, expected)
+
+
 @pytest.mark.parametrize("order", [2, 3])
 @SOME
 def test_adaptive_steps_keep_their_tolerance(name, order):
