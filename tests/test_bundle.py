@@ -34,7 +34,7 @@ def test_sizes_are_derived(model_config):
     bundle = Bundle.from_config(model_config)
     network = bundle.denoiser.network
     assert (network.conv_in.in_channels, network.conv_out.out_channels) == (4, 4)
-    assert network.up[0].transformer.blocks[0].attn2.to_k.in_features == bundle.conditioner.width == 32
+    assert network.up[0].attention.blocks[0].attn2.to_k.in_features == bundle.conditioner.width == 32
     assert not any(part.training for part in bundle.modules())
 
 
