@@ -136,7 +136,7 @@ def build_denoiser(network: Block, process: Process, parameterization: str | Blo
     Convolutions are laid out channels-last: token sequences are then views of feature maps.
     """
     taken, given = (autoencoder.channels * (2 if twice else 1) for twice in (self_conditioning, variance != "fixed"))
-    taken += getattr(conditioner, "spatial_channels", 0)
+    taken += 0 if conditioner is None else conditioner.beside(autoencoder.channels)
     network = build(network, allowed=allowed, in_channels=taken, out_channels=given,
                     context_dim=getattr(conditioner, "width", None), vector_dim=getattr(conditioner, "vector_width", None))
     if is_block(parameterization):

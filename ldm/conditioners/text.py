@@ -86,7 +86,7 @@ class TextConditioner(Conditioner):
             return super().with_null(batch)
         return self(batch), self({"caption": batch["negative_caption"]})
 
-    def example(self, height: int, width: int) -> Cond:
+    def example(self, z: Tensor) -> Cond:
         """The longest caption, without the frozen encoder."""
         states = torch.empty(1, self.max_length, self.encoder.width)
         return self.refine(states, torch.ones(1, self.max_length, dtype=torch.bool))
