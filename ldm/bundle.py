@@ -306,6 +306,8 @@ def _batch(prompts: str | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]
         batch = dict(prompts)
     else:
         batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
+    batch = {key: value if isinstance(value, Tensor) or any(isinstance(each, str) for each in value) else torch.as_tensor(value)
+             for key, value in batch.items()}  # fmt: skip
     lengths = {key: len(value) for key, value in batch.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")

@@ -26,6 +26,10 @@ class Cond:
         """The batch size; 0 when there is no condition at all."""
         return next((len(value) for value in self._values() if value is not None), 0)
 
+    @property
+    def device(self) -> torch.device | None:
+        return next((value.device for value in self._values() if value is not None), None)
+
     def __bool__(self) -> bool:
         raise TypeError("a Cond is neither true nor false; ask for one of its fields: cond.tokens is not None")
 
@@ -44,12 +48,13 @@ class Cond:
         return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
 
     def filled(self, other: Cond) -> Cond:
-        """This condition, with the other's fields where it has none; a mask goes with its tokens. What is spatial gets the
-        other's size where it has one pixel (and channel)."""
-        text, spatial = other if self.tokens is None else self, other.spatial
-        if self.spatial is not None:
-            spatial = self.spatial if spatial is None else self.spatial.expand(-1, *spatial.shape[1:])
-        return Cond(text.tokens, text.mask, other.vector if self.vector is None else self.vector, spatial)
+        """This condition where the other is, with the other's fields where it has none; a mask goes with its tokens. What is
+        spatial gets the other's size where it has one pixel (and channel)."""
+        ours, spatial = self.to(other.device), other.spatial
+        text = other if ours.tokens is None else ours
+        if ours.spatial is not None:
+            spatial = ours.spatial if spatial is None else ours.spatial.expand(-1, *spatial.shape[1:])
+        return Cond(text.tokens, text.mask, other.vector if ours.vector is None else ours.vector, spatial)
 
     def where(self, keep: Tensor, other: Cond) -> Cond:
         """This condition where keep (B,) is True, the other's elsewhere. `other` has B samples, or one for all; a field that

@@ -96,7 +96,11 @@ def entry(batch: Mapping[str, Any], key: str, owner: nn.Module) -> Any:
 
 def tensor(batch: Mapping[str, Any], key: str, owner: nn.Module, shape: Sequence[int | None]) -> Tensor:
     """The tensor (B, *shape) that the batch has under this key; a side of None may be any. UserError where it is another."""
-    value = torch.as_tensor(entry(batch, key, owner))
+    return shaped(entry(batch, key, owner), key, owner, shape)
+
+
+def shaped(value: Any, key: str, owner: nn.Module, shape: Sequence[int | None]) -> Tensor:
+    value = torch.as_tensor(value)
     sides = zip(shape, value.shape[1:], strict=False)
     if value.ndim != len(shape) + 1 or any(side not in (None, found) for side, found in sides):
         wanted = ", ".join(["B", *("any" if side is None else str(side) for side in shape)])
