@@ -24,6 +24,7 @@ from ldm.common.named import Spec, pick
 from ldm.common.random import generator
 from ldm.common.weights import compare, content, evaluating, without_weights
 from ldm.cond import Cond
+from ldm.conditioners.base import encoded
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
 from ldm.guidance import batched, cfg, rescale, within
 from ldm.parameterization import Denoise, Prediction
@@ -194,9 +195,11 @@ class Bundle(nn.Module):
             for rows in _parts(n, batch_size):
                 sources = [generator(seed + index) for index in indices[rows]]
                 x = _normal(shape, sources) * spread if x_T is None else x_T[rows].float()
-                part = {key: value[rows] for key, value in batch.items()}
-                z = sampler(self._guided(part, negative and negative[rows], guidance), x.to(self.device), times,
-                            self.denoiser.process, callback=callback,
+                part = {key: value[rows].to(self.device) if isinstance(value, Tensor) else value[rows]
+                        for key, value in batch.items()}  # fmt: skip
+                part.setdefault("position", torch.tensor([seed + index for index in indices[rows]]))
+                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:])
+                z = sampler(denoise, x.to(self.device), times, self.denoiser.process, callback=callback,
                             noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
                 pictures.append(self._decode(z, tile))
         return torch.cat(pictures)
@@ -217,17 +220,17 @@ class Bundle(nn.Module):
             raise UserError(f"guidance: no such part {', '.join(sorted(unknown))}; there are {', '.join(GUIDANCE)}")
         return plan
 
-    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping) -> Denoise:
+    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping, size: Sequence[int]) -> Denoise:
         """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
-        cond = Cond() if self.conditioner is None else self.conditioner(batch)
+        if negative is not None:
+            batch = {**batch, "negative_caption": negative}
+        cond, away = Cond(), None
+        if self.conditioner is not None:
+            batch = encoded(self.conditioner, self.autoencoder, batch, size)
+            cond, away = (self.conditioner(batch), None) if guidance["scale"] == 1 else self.conditioner.with_null(batch)
         denoiser = Remembering(self.denoiser)
         denoise = bind(denoiser, cond)
-        if len(cond) and guidance["scale"] != 1:
-            if negative is None:
-                away = self.conditioner.null(len(cond))
-            else:
-                rest = {key: value for key, value in batch.items() if not key.startswith("text_")}
-                away = self.conditioner(rest | {"caption": negative})
+        if away is not None:
             towards, away = batched(denoiser, cond, away)
             guided = cfg(towards, away, guidance["scale"])
             if guidance["rescale"]:
