@@ -86,11 +86,13 @@ class Tokenizer:
             weights[n, first : first + len(part)] = torch.tensor(of_tokens[done : done + len(part)])
             done += len(part)
 
-    def real(self, ids: Tensor) -> Tensor:  # (B,L) -> (B,L) True up to the first token that ends a text; all where there is none
-        if not self.after:
-            return ids != self.pad
-        ends = (ids == self.after[0]).long()
-        return ends.cumsum(dim=1) - ends == 0
+    def real(self, ids: Tensor) -> Tensor:  # (B,L) -> (B,L) True where a token is no padding
+        return up_to_end(ids, self.after[0]) if self.after else ids != self.pad
+
+
+def up_to_end(ids: Tensor, end: int) -> Tensor:  # (B,L) -> (B,L) True up to the first ``end``; all where there is none
+    ends = (ids == end).long()
+    return ends.cumsum(dim=1) - ends == 0
 
 
 def split(text: str, offsets: Sequence[tuple[int, int]], room: int) -> list[slice]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.common.files import UserError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -206,6 +209,14 @@ class Vocabulary(nn.Module):
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.text = torch.frombuffer(bytearray(tokenizer.to_str().encode()), dtype=torch.uint8)
+
+    def complete(self) -> None:
+        """Take the tokenizer of that name, before the weights are saved."""
+        if self.text is None and self.name is not None:
+            try:
+                self.hold(find(self.name, offline=True))
+            except UserError as error:
+                log.warning("saved without the vocabulary, which the file will ask for: %s", error)
 
     def prepare(self) -> None:
         """Find the files, download them if they are missing. UserError, naming them, when that fails."""
