@@ -280,8 +280,9 @@ class Bundle(nn.Module):
                 raise UserError(f"the text encoder found here (hash {found}) is not the one that this model was "
                                 f"trained with (hash {expected}); install or name that one")
             self._checked = True
-        without_dropout = getattr(self.conditioner, "width", None) and getattr(self.conditioner, "dropout", None) == 0
-        if guidance > 1 and without_dropout and not self._warned:
+        part = self.conditioner
+        guidable = part is not None and (part.width is not None or part.vector_width is not None)
+        if guidance > 1 and guidable and not part.has_null and not self._warned:
             log.warning("guidance %g: this model was trained without caption dropout and knows no empty prompt to "
                         "compare with; guidance 1 is what it was trained for", guidance)
             self._warned = True
@@ -315,6 +316,8 @@ def _batch(prompts: str | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]
         batch = dict(prompts)
     else:
         batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
+    batch = {key: value if isinstance(value, Tensor) or any(isinstance(each, str) for each in value) else torch.as_tensor(value)
+             for key, value in batch.items()}  # fmt: skip
     lengths = {key: len(value) for key, value in batch.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")

@@ -20,11 +20,15 @@ class Cond:
     tokens: Tensor | None = None  # (B, L, D) a sequence to attend to
     mask: Tensor | None = None  # (B, L) bool, True where the token is real
     vector: Tensor | None = None  # (B, E) one embedding per sample, joins the time embedding
-    spatial: Tensor | None = None  # (B, K, h, w) appended to the channels of x_t; (B, K, 1, 1): the same everywhere
+    spatial: Tensor | None = None  # (B, K, h, w) appended to the channels of x_t; sides of 1: the same everywhere
 
     def __len__(self) -> int:
         """The batch size; 0 when there is no condition at all."""
         return next((len(value) for value in self._values() if value is not None), 0)
+
+    @property
+    def device(self) -> torch.device | None:
+        return next((value.device for value in self._values() if value is not None), None)
 
     def __bool__(self) -> bool:
         raise TypeError("a Cond is neither true nor false; ask for one of its fields: cond.tokens is not None")
@@ -44,11 +48,13 @@ class Cond:
         return self._map(lambda value: value.to(device, dtype if value.is_floating_point() else None))
 
     def filled(self, other: Cond) -> Cond:
-        """This condition, with the other's fields where it has none; a mask goes with its tokens."""
-        text = other if self.tokens is None else self
-        vector, spatial = (ours if ours is not None else theirs for ours, theirs in
-                           ((self.vector, other.vector), (self.spatial, other.spatial)))
-        return Cond(text.tokens, text.mask, vector, spatial)
+        """This condition where the other is, with the other's fields where it has none; a mask goes with its tokens. What is
+        spatial gets the other's size where it has one pixel (and channel)."""
+        ours, spatial = self.to(other.device), other.spatial
+        text = other if ours.tokens is None else ours
+        if ours.spatial is not None:
+            spatial = ours.spatial if spatial is None else ours.spatial.expand(-1, *spatial.shape[1:])
+        return Cond(text.tokens, text.mask, other.vector if ours.vector is None else ours.vector, spatial)
 
     def where(self, keep: Tensor, other: Cond) -> Cond:
         """This condition where keep (B,) is True, the other's elsewhere. `other` has B samples, or one for all; a field that
@@ -81,8 +87,8 @@ def _aligned(conds: Sequence[Cond]) -> list[Cond]:
         if any(present) and not all(present):
             raise ValueError(f"conditions cannot be joined: {name} is given in some ({present}) and missing in others")
     if conds and conds[0].spatial is not None:
-        size = max(cond.spatial.shape[2:] for cond in conds)
-        conds = [replace(cond, spatial=cond.spatial.expand(-1, -1, *size)) for cond in conds]
+        size = max(cond.spatial.shape[1:] for cond in conds)
+        conds = [replace(cond, spatial=cond.spatial.expand(-1, *size)) for cond in conds]
     if not conds or conds[0].tokens is None:
         return list(conds)
     length = max(cond.tokens.shape[1] for cond in conds)

@@ -237,7 +237,7 @@ def _walk_diffusion(module: Any, x: Tensor, found: Survey) -> None:
     with _kept(module) as kept:
         cond = Cond()
         if module.conditioner is not None:
-            flops, cond = _count(lambda: module.conditioner.example(*z.shape[2:])), module.conditioner.example(*z.shape[2:])
+            flops, cond = _count(lambda: module.conditioner.example(z)), module.conditioner.example(z)
             found.flops |= {"conditioner": flops} if flops else {}
         found.flops["network"] = _count(lambda: module.model["denoiser"].raw(z, torch.full((1,), 0.5), cond))
     found.activations = kept()

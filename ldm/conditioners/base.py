@@ -27,11 +27,11 @@ class Conditioner(nn.Module):
 
     What it gives is a function of the batch alone. Sizes of networks are derived from what it says of itself:
 
-    width: of its tokens, vector_width: of its vector; None: it gives none. spatial_channels: of its spatial condition.
-    length: tokens at most.
+    width: of its tokens, vector_width: of its vector; None: it gives none. length: tokens at most.
+    spatial_channels: of its spatial condition, without the latents that it ``encodes``: each has the autoencoder's channels.
     dropout: share of samples that training gives the null (p_uncond; 2207.12598).
     encoder_hash: of the frozen encoders that it works with; None: it has none.
-    encodes: pictures of the batch that it wants as latents, ``{"masked_image": raw}``; see ``encoded``.
+    encodes: pictures of the batch that it wants as latents, ``{"masked_image": raw}``; see ``encoded`` and ``picture``.
     """
 
     width: int | None = None
@@ -60,12 +60,25 @@ class Conditioner(nn.Module):
         null = self.null(len(cond))
         return cond, null.filled(cond) if len(null) else None
 
-    def example(self, height: int, width: int) -> Cond:
-        """A condition of the right shapes for one latent of this size: what a network is planned with."""
-        tokens = None if self.width is None else torch.zeros(1, self.length, self.width)
-        vector = None if self.vector_width is None else torch.zeros(1, self.vector_width)
-        spatial = torch.zeros(1, self.spatial_channels, height, width) if self.spatial_channels else None
-        return Cond(tokens, None, vector, spatial)
+    @property
+    def has_null(self) -> bool:
+        """Whether training has shown the null to the network."""
+        return self.dropout > 0
+
+    def picture(self, key: str, batch: Mapping[str, Any]) -> Tensor:
+        """One of the pictures that it ``encodes``, (B,C,H,W) in [-1,1]."""
+        return entry(batch, key, self)
+
+    def beside(self, channels: int) -> int:
+        """Channels of its spatial condition, beside latents of so many."""
+        return self.spatial_channels + channels * len(self.encodes)
+
+    def example(self, z: Tensor) -> Cond:
+        """A condition of the right shapes for a latent z (1,C,h,w): what a network is planned with."""
+        tokens = None if self.width is None else z.new_zeros(1, self.length, self.width)
+        vector = None if self.vector_width is None else z.new_zeros(1, self.vector_width)
+        channels = self.beside(z.shape[1])
+        return Cond(tokens, None, vector, z.new_zeros(1, channels, *z.shape[2:]) if channels else None)
 
 
 def check_dropout(dropout: float) -> float:
@@ -83,7 +96,11 @@ def entry(batch: Mapping[str, Any], key: str, owner: nn.Module) -> Any:
 
 def tensor(batch: Mapping[str, Any], key: str, owner: nn.Module, shape: Sequence[int | None]) -> Tensor:
     """The tensor (B, *shape) that the batch has under this key; a side of None may be any. UserError where it is another."""
-    value = torch.as_tensor(entry(batch, key, owner))
+    return shaped(entry(batch, key, owner), key, owner, shape)
+
+
+def shaped(value: Any, key: str, owner: nn.Module, shape: Sequence[int | None]) -> Tensor:
+    value = torch.as_tensor(value)
     sides = zip(shape, value.shape[1:], strict=False)
     if value.ndim != len(shape) + 1 or any(side not in (None, found) for side, found in sides):
         wanted = ", ".join(["B", *("any" if side is None else str(side) for side in shape)])
@@ -105,6 +122,6 @@ def encoded(conditioner: nn.Module | None, autoencoder: Autoencoder, batch: Mapp
     for key, raw in getattr(conditioner, "encodes", {}).items():
         if f"{key}_latent" not in batch:
             with torch.no_grad():
-                z = autoencoder.encode(entry(batch, key, conditioner).to(autoencoder.shift.device).float())
+                z = autoencoder.encode(conditioner.picture(key, batch).to(autoencoder.shift.device).float())
                 batch[f"{key}_latent"] = autoencoder.denormalise(z) if raw else z
     return batch

@@ -205,11 +205,11 @@ class OwnText(Captions):
         with nullcontext() if self.trained else torch.autocast(ids.device.type, enabled=False):
             return self.hidden(ids, mask)
 
-    def example(self, height: int, width: int) -> Cond:
+    def example(self, z: Tensor) -> Cond:
         """The encoder is run where it is trained, so that its work is seen."""
         if not self.trained:
-            return super().example(height, width)
-        mask = torch.ones(1, self.max_length, dtype=torch.bool)
+            return super().example(z)
+        mask = z.new_ones(1, self.max_length).bool()
         states, *vector = self.states(mask.long(), mask)
         return self.refine(states, mask, *vector)
 

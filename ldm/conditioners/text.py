@@ -80,7 +80,7 @@ class TextConditioner(Captions):
             tokens = block(tokens, mask)
         return Cond(self.norm(tokens).masked_fill(~mask[..., None], 0), mask)
 
-    def example(self, height: int, width: int) -> Cond:
+    def example(self, z: Tensor) -> Cond:
         """The longest caption, without the frozen encoder."""
         states = torch.empty(1, self.max_length, self.encoder.width)
         return self.refine(states, torch.ones(1, self.max_length, dtype=torch.bool))

@@ -59,8 +59,12 @@ def test_sizes_of_the_network_follow():
     globals()["Network"] = Network
     denoiser = build_denoiser({"target": here}, RectifiedFlow(), "flow", Identity(3), Numbers(), self_conditioning=True)
     assert denoiser.network.sizes == (3 + 3 + 2, 3, None, 3)
-    example = Numbers().example(6, 7)
+    example = Numbers().example(torch.zeros(1, 4, 6, 7))
     assert example.vector.shape == (1, 3) and example.spatial.shape == (1, 2, 6, 7) and example.tokens is None
+    conditioner = Numbers()
+    conditioner.encodes = {"low_res": False}  # whose latents are beside x too
+    assert build_denoiser({"target": here}, RectifiedFlow(), "flow", Identity(3), conditioner).network.sizes[0] == 3 + 2 + 3
+    assert conditioner.example(torch.zeros(1, 4, 6, 7)).spatial.shape == (1, 2 + 4, 6, 7)
 
 
 def test_pictures_are_encoded_at_unit_scale_or_raw_once():
