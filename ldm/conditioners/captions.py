@@ -133,11 +133,11 @@ class Captions(Conditioner):
 
     def _report(self, captions: Sequence[str], unread: Sequence[str]) -> None:
         for caption, words in zip(captions, unread, strict=True):
+            message = f"caption {caption[:60]!r}... has more than {self.max_length} tokens; not read: {words!r}"
+            if words and self.long == "error":
+                raise UserError(message)
             if not words or caption in self.cut:
                 continue
-            message = f"caption {caption[:60]!r}... has more than {self.max_length} tokens; not read: {words!r}"
-            if self.long == "error":
-                raise UserError(message)
             self.cut_count += 1
             if self.cut_count <= REPORTED:
                 self.cut[caption] = words
