@@ -114,14 +114,14 @@ class Bundle(nn.Module):
         if self.config is None:
             raise UserError("this model was put together by hand: give Bundle(..., config=...) what it is built from")
         return plain({
-            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self._resolved(),
+            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self.resolved(),
             "sampling": self.sampling if self.denoiser is not None else None, "versions": versions(),
             "autoencoder_hash": self.autoencoder.content_hash(),
             "encoder_hash": self.about.get("encoder_hash") or getattr(self.conditioner, "encoder_hash", None),
             "data": self.about.get("data"),
         })  # fmt: skip
 
-    def _resolved(self) -> dict:
+    def resolved(self) -> dict:
         """The config, in which parts that came from a file (those with a ``block``) are built anew without it."""
         config, block = plain(self.config), getattr(self.autoencoder, "block", None)
         if block is not None:

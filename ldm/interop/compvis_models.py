@@ -20,6 +20,7 @@ from ldm.interop import names, unet_names
 from ldm.interop.compvis_conditions import UNET, Part, table
 from ldm.interop.compvis_configs import config_of
 from ldm.interop.compvis_published import recognised
+from ldm.interop.folding import unfolded
 from ldm.interop.foreign import autoencoder_rows
 from ldm.interop.rows import Row, check, existing, inside, to_us
 
@@ -29,7 +30,7 @@ FIRST_STAGE, AVERAGED = "first_stage_model.", "model_ema."
 HARMLESS = re.compile(  # what a model does not need: tables that follow from the schedule, what only training or its demos use
     r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|scaling_factor"
     r"|denoiser\.\w+)$|first_stage_model\.(loss|model_ema|colorize)|(low_scale_model|noise_augmentor)\.\w+$"
-    r"|model_ema\.|(depth_model|embedder|loss|loss_fn)\.|.*\.position_ids$|cond_stage_model\.model\.(attn_mask$|visual\.)"
+    r"|ldm\.autoencoder\.|model_ema\.|(depth_model|embedder|loss|loss_fn)\.|.*\.position_ids$|cond_stage_model\.model\.(attn_mask$|visual\.)"
     r"|conditioner\.embedders\.\d+\.(model\.(attn_mask$|visual\.)|transformer\.logit_scale$)"
 )
 
@@ -61,7 +62,9 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
     found |= averaged(rows, tensors, origin)
     found |= {f"autoencoder.{name}": value for name, value in names.own(bundle.autoencoder.state_dict()).items()}
     found["autoencoder.scale"] = found["autoencoder.scale"] / scale_factor(config, tensors)
-    found |= statistics(expected)
+    if "scale_factor" in tensors:
+        found["autoencoder.statistics_count"] += 1  # measured, on a batch of nobody knows how many
+    found = unfolded(found | statistics(expected), tensors)
     return {"kind": "diffusion", "config": ours, "sampling": ours["sampling"], "layout": "compvis"}, found
 
 

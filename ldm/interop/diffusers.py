@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.interop import names
-from ldm.interop.foreign import about, refuse_others, renamed, translated
+from ldm.interop.foreign import about, refuse_others, renamed, settings_for, translated
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
@@ -104,7 +104,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: where it has no place for it.
     """
-    params, weights = renamed(bundle, "diffusers")
+    params = settings_for(bundle, "diffusers")
     spec, mult = bundle.autoencoder.spec, params["mult"] or [1, 2, 4, 4]
     inner, outer = params["attention_levels"] or [], params["decoder_attention_levels"]
     outer = inner if outer is None else outer
@@ -130,7 +130,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     else:
         config |= {"use_quant_conv": params["pre"], "use_post_quant_conv": params["post"]}
     return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
-            for key, value in weights.items()}, config  # fmt: skip
+            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
 
 
 def _scaling(shift: Tensor, scale: Tensor, vq: bool) -> dict:

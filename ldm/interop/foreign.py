@@ -61,14 +61,25 @@ def translated(block: Mapping, layout: str, tensors: Mapping[str, Tensor], origi
     return {ours: given[theirs].to(torch.float32) for ours, theirs in table.items()} | names.own(expected)
 
 
-def renamed(bundle: Bundle, layout: str) -> tuple[dict, dict[str, Tensor]]:
-    """For writing: the settings of the bundle's autoencoder, its bottleneck's too, and its weights by the names of ``layout``.
+def block_of(bundle: Bundle) -> dict:
+    """The block of its autoencoder."""
+    return bundle.config.get("autoencoder") or bundle.config["model"]["params"]["autoencoder"]
+
+
+def renamed(bundle: Bundle, layout: str) -> dict[str, Tensor]:
+    """The weights of the bundle's autoencoder by the names of ``layout``."""
+    table = names.table(names.Layout.of(block_of(bundle)), layout)
+    weights = {name: value.detach().cpu().contiguous() for name, value in bundle.autoencoder.state_dict().items()}
+    return {table[name]: value for name, value in weights.items() if name in table}
+
+
+def settings_for(bundle: Bundle, layout: str) -> dict:
+    """The settings of the bundle's autoencoder, its bottleneck's too.
 
     Raises:
-        UserError: where that layout has no place for them.
+        UserError: where that layout has no place for it.
     """
-    block = bundle.config.get("autoencoder") or bundle.config["model"]["params"]["autoencoder"]
-    table, params = names.table(names.Layout.of(block), layout), names.settings(block)
+    params = names.settings(block_of(bundle))
     bottleneck = params["bottleneck"]
     if bottleneck["target"] not in BOTTLENECKS:
         raise UserError(f"{layout} has no bottleneck {bottleneck['target']}; it has {' and '.join(BOTTLENECKS)}")
@@ -78,8 +89,7 @@ def renamed(bundle: Bundle, layout: str) -> tuple[dict, dict[str, Tensor]]:
     widths = [params["width"] * m for m in params["mult"] or (1, 2, 4, 4)]
     if any(width % params["groups"] for width in widths):
         raise UserError(f"{layout} needs widths that its {params['groups']} groups of normalisation divide, not {widths}")
-    weights = {name: value.detach().cpu().contiguous() for name, value in bundle.autoencoder.state_dict().items()}
-    return params, {table[name]: value for name, value in weights.items() if name in table}
+    return params
 
 
 def refuse_others(params: Mapping, where: str, **only: object) -> None:

@@ -65,11 +65,12 @@ def settings(block: Mapping) -> dict[str, Any]:
     return defaults(block)
 
 
-def defaults(block: Mapping) -> dict[str, Any]:
-    """The params of a block, those that it leaves out as its target's signature has them."""
-    bound = inspect.signature(locate(block["target"])).bind(**(block.get("params") or {}))
+def defaults(block: Mapping, *given: str) -> dict[str, Any]:
+    """The params of a block, those that it leaves out as its target's signature has them; without those that the program
+    gives."""
+    bound = inspect.signature(locate(block["target"])).bind_partial(**(block.get("params") or {}))
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return {name: value for name, value in bound.arguments.items() if name not in given}
 
 
 def layers(at: Layout) -> Iterator[Layer]:
