@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.common.build import near
 from ldm.common.files import UserError
 from ldm.interop import text_names
-from ldm.interop.rows import SAME, TRANSPOSED, Row, inside, pair
+from ldm.interop.rows import Row, inside, pair
 
 COND, UNET = "cond_stage_model.", "model.diffusion_model."  # what their names begin with
 VOCABULARIES = {"openai/clip-vit-large-patch14": "clip", "bert-base-uncased": "bert"}  # what a yaml calls them -> we
@@ -108,8 +108,7 @@ def _text(around: Around, prefix: str, said: Mapping, **given: Any) -> Part:
         if theirs in said and said[theirs] != params.get(ours, said[theirs]):
             raise UserError(f"{around.origin}: the yaml says {theirs} {said[theirs]} of the text encoder, the weights are of "
                             f"{params[ours]}: it belongs to another checkpoint")
-    rows = [Row(row.ours, (row.theirs,), TRANSPOSED if row.transposed else SAME) for row in found.rows]
-    return Part(found.block["target"], params, rows, GUIDED)
+    return Part(found.block["target"], params, found.rows, GUIDED)
 
 
 def _clip(params: Mapping, around: Around, prefix: str = f"{COND}transformer.") -> Part:

@@ -12,13 +12,13 @@ from ldm.bundle import Bundle
 from ldm.common.build import plain
 from ldm.common.files import UserError
 from ldm.conditioners.base import Conditioner
-from ldm.interop import compvis, compvis_unet, text_names, unet_names
+from ldm.interop import compvis, compvis_unet, sgm_writing, text_names, unet_names
 from ldm.interop.compvis_conditions import COND, HEADS, UNET
 from ldm.interop.compvis_models import FIRST_STAGE
 from ldm.interop.folding import folded, originals, scale_factor
 from ldm.interop.foreign import autoencoder_rows
 from ldm.interop.names import defaults
-from ldm.interop.rows import SAME, TRANSPOSED, Row, back, existing, inside, pair
+from ldm.interop.rows import Row, back, existing, inside, pair
 from ldm.process import Discrete, step_posterior
 
 ENCODERS, DIFFUSION = "ldm.modules.encoders.modules.", "ldm.models.diffusion.ddpm."
@@ -51,7 +51,10 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     if not params["network"]["target"].endswith(".UNet") or bundle.denoiser.variance != "fixed":
         raise UserError(f"CompVis has no diffusion model with {params['network']['target']} and variance "
                         f"{bundle.denoiser.variance!r}, only UNets without learned variance")
-    stages = [_stage(part, block) for part, block in parts(conditioner, params.get("conditioner"))]
+    conditions = parts(conditioner, params.get("conditioner"))
+    if sgm_writing.belongs([block for _, block in conditions]):
+        return sgm_writing.write(bundle, conditions, _autoencoder(bundle))
+    stages = [_stage(part, block) for part, block in conditions]
     kinds = {stage.kind for stage in stages} - {"LatentDiffusion"}
     if len(kinds) > 1:
         raise UserError(f"CompVis has no model that is {' and '.join(sorted(kinds))} at once")
@@ -104,8 +107,6 @@ def _stage(at: tuple[str, Conditioner], block: Mapping) -> Stage:
 def _clip(conditioner: Any, params: Mapping) -> Stage:
     layers = params["layers"]
     heads = params["heads"] or max(1, params["width"] // 64)
-    if params["pooled"]:
-        raise UserError("CompVis' LatentDiffusion has no text encoder with a pooled vector")
     if conditioner.pad == conditioner.end and params["activation"] == "quick_gelu" and params["projection"] is None:
         table = text_names.hf_clip(layers, f"{COND}transformer.")
         tables = text_names.position_ids(params["max_length"], f"{COND}transformer.")
@@ -140,9 +141,8 @@ def _boxes(conditioner: Any, params: Mapping) -> Stage:
 
 
 def _words(target: str, values: dict, rows: list) -> Stage:
-    table = [Row(row.ours, (row.theirs,), TRANSPOSED if row.transposed else SAME) for row in rows]
     stage = {"target": ENCODERS + target, "params": values}
-    return Stage({"conditioning_key": "crossattn", "cond_stage_key": "txt", "cond_stage_config": stage}, table)
+    return Stage({"conditioning_key": "crossattn", "cond_stage_key": "txt", "cond_stage_config": stage}, rows)
 
 
 def _label(conditioner: Any, params: Mapping) -> Stage:

@@ -2,7 +2,7 @@
 
     found = infer(tensors, "cond_stage_model.model.")          # which of them it is, its sizes, the table of its names
     weights = read(found, tensors, "v2.ckpt")                  # by our names: those of the conditioner
-    tensors = write(found.rows, conditioner.state_dict())      # and back
+    tensors = back(found.rows, conditioner.state_dict())       # and back (``rows.back``)
 
 Weights are views of what was read, not copies: q, k and v are three layers here, which a stacked one divides into.
 """
@@ -18,17 +18,9 @@ import torch
 from torch import Tensor
 
 from ldm.common.files import UserError
+from ldm.interop.rows import TRANSPOSED, Row, pair, to_us
 
 CLIP, BERT = "ldm.conditioners.clip.ClipText", "ldm.conditioners.bert.BertText"
-BOTH = ("weight", "bias")
-
-
-class Row(NamedTuple):
-    """One tensor of theirs and what it is here: several of ours stacked along the first axis, or one, transposed or not."""
-
-    ours: tuple[str, ...]
-    theirs: str
-    transposed: bool = False
 
 
 class Found(NamedTuple):
@@ -46,45 +38,46 @@ def hf_clip(layers: int, prefix: str = "", wrapped: bool = True, projection: boo
     inside = {"norm1": "layer_norm1", "norm2": "layer_norm2", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
               "v": "self_attn.v_proj", "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
     at = f"{prefix}text_model." if wrapped else prefix
-    rows = [Row(("transformer.token.weight",), f"{at}embeddings.token_embedding.weight"),
-            Row(("transformer.position",), f"{at}embeddings.position_embedding.weight"),
-            *_pairs("transformer.norm", f"{at}final_layer_norm")]  # fmt: skip
+    rows = [_row("transformer.token.weight", f"{at}embeddings.token_embedding.weight"),
+            _row("transformer.position", f"{at}embeddings.position_embedding.weight"),
+            *pair("transformer.norm", f"{at}final_layer_norm")]  # fmt: skip
     for i in range(layers):
         for ours, theirs in inside.items():
-            rows += _pairs(f"transformer.blocks.{i}.{ours}", f"{at}encoder.layers.{i}.{theirs}")
-    return rows + [Row(("projection.weight",), f"{prefix}text_projection.weight")] * projection
+            rows += pair(f"transformer.blocks.{i}.{ours}", f"{at}encoder.layers.{i}.{theirs}")
+    return rows + [_row("projection.weight", f"{prefix}text_projection.weight")] * projection
 
 
 def open_clip(layers: int, prefix: str = "", projection: bool = True, logit_scale: bool = True) -> list[Row]:
     """OpenCLIP's text tower, and OpenAI's: q, k, v are one layer, and the projection is a matrix on the right."""
     inside = {"norm1": "ln_1", "norm2": "ln_2", "out": "attn.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-    rows = [Row(("transformer.token.weight",), f"{prefix}token_embedding.weight"),
-            Row(("transformer.position",), f"{prefix}positional_embedding"),
-            *_pairs("transformer.norm", f"{prefix}ln_final")]  # fmt: skip
+    rows = [_row("transformer.token.weight", f"{prefix}token_embedding.weight"),
+            _row("transformer.position", f"{prefix}positional_embedding"),
+            *pair("transformer.norm", f"{prefix}ln_final")]  # fmt: skip
     for i in range(layers):
         block, theirs_block = f"transformer.blocks.{i}", f"{prefix}transformer.resblocks.{i}"
-        rows += [Row(tuple(f"{block}.{name}.{kind}" for name in "qkv"), f"{theirs_block}.attn.in_proj_{kind}") for kind in BOTH]
+        rows += [Row(tuple(f"{block}.{name}.{kind}" for name in "qkv"), (f"{theirs_block}.attn.in_proj_{kind}",))
+                 for kind in ("weight", "bias")]
         for ours, theirs in inside.items():
-            rows += _pairs(f"{block}.{ours}", f"{theirs_block}.{theirs}")
-    rows += [Row(("projection.weight",), f"{prefix}text_projection", transposed=True)] * projection
-    return rows + [Row(("logit_scale",), f"{prefix}logit_scale")] * logit_scale
+            rows += pair(f"{block}.{ours}", f"{theirs_block}.{theirs}")
+    rows += [Row(("projection.weight",), (f"{prefix}text_projection",), TRANSPOSED)] * projection
+    return rows + [_row("logit_scale", f"{prefix}logit_scale")] * logit_scale
 
 
 def x_transformer(layers: int, prefix: str = "", logits: bool = True) -> list[Row]:
     """LDM's BERTEmbedder: attention and MLP count as layers of their own, 0 and 1, 2 and 3 ..."""
     inside = {"norm1": "{0}.0", "out": "{0}.1.to_out", "norm2": "{1}.0", "up": "{1}.1.net.0.0", "down": "{1}.1.net.2"}
-    rows = [Row(("transformer.token.weight",), f"{prefix}token_emb.weight"),
-            Row(("transformer.position",), f"{prefix}pos_emb.emb.weight"), *_pairs("transformer.norm", f"{prefix}norm")]
+    rows = [_row("transformer.token.weight", f"{prefix}token_emb.weight"),
+            _row("transformer.position", f"{prefix}pos_emb.emb.weight"), *pair("transformer.norm", f"{prefix}norm")]
     for i in range(layers):
         block, theirs_layers = f"transformer.blocks.{i}", f"{prefix}attn_layers.layers."
-        rows += [Row((f"{block}.{name}.weight",), f"{theirs_layers}{2 * i}.1.to_{name}.weight") for name in "qkv"]
+        rows += [_row(f"{block}.{name}.weight", f"{theirs_layers}{2 * i}.1.to_{name}.weight") for name in "qkv"]
         for ours, theirs in inside.items():
-            rows += _pairs(f"{block}.{ours}", theirs_layers + theirs.format(2 * i, 2 * i + 1))
-    return rows + (_pairs("logits", f"{prefix}to_logits") if logits else [])
+            rows += pair(f"{block}.{ours}", theirs_layers + theirs.format(2 * i, 2 * i + 1))
+    return rows + (pair("logits", f"{prefix}to_logits") if logits else [])
 
 
-def _pairs(ours: str, theirs: str) -> list[Row]:
-    return [Row((f"{ours}.{kind}",), f"{theirs}.{kind}") for kind in BOTH]
+def _row(ours: str, theirs: str) -> Row:
+    return Row((ours,), (theirs,))
 
 
 def position_ids(length: int, prefix: str = "") -> dict[str, Tensor]:
@@ -162,7 +155,7 @@ def read(found: Found, tensors: Mapping[str, Tensor], origin: str = "weights") -
     Raises:
         UserError: unless every tensor under its prefix has one row of the table and every row its tensor.
     """
-    named = {row.theirs for row in found.rows}
+    named = {name for row in found.rows for name in row.theirs}
     inside = [key for key in tensors if key.startswith(found.prefix)]
     left = [key for key in inside if key not in named and not re.match(HARMLESS[found.layout], key.removeprefix(found.prefix))]
     missing = [key for key in named if key not in tensors]
@@ -171,19 +164,7 @@ def read(found: Found, tensors: Mapping[str, Tensor], origin: str = "weights") -
                 for what, names in (("missing", missing), ("that there is no place for", left)) if names]  # fmt: skip
         raise UserError(f"{origin}: the text encoder under {found.prefix!r} is not what it seems ({found.layout}): "
                         f"{', '.join(told)}")  # fmt: skip
-    weights = {}
-    for row in found.rows:
-        value = tensors[row.theirs].mT if row.transposed else tensors[row.theirs]
-        if value.shape[:1] and value.shape[0] % len(row.ours):
-            raise UserError(f"{origin}: {row.theirs} is {tuple(value.shape)}; its first side has to divide by {len(row.ours)}")
-        weights |= dict(zip(row.ours, value.chunk(len(row.ours)) if len(row.ours) > 1 else [value], strict=True))
-    return weights
-
-
-def write(rows: Iterable[Row], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, by our names, as the table's layout has them. The vocabulary is no weight there."""
-    return {row.theirs: joined.mT.contiguous() if row.transposed else joined for row in rows
-            for joined in [torch.cat([weights[name] for name in row.ours]) if len(row.ours) > 1 else weights[row.ours[0]]]}
+    return to_us(found.rows, tensors)
 
 
 def _grouped(names: Iterable[str], prefix: str) -> Iterator[tuple[str, int]]:

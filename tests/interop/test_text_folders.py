@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ldm.bundle import Bundle
 from ldm.common.build import build
 from ldm.common.files import UserError
-from ldm.interop import names, text_folders, text_names
+from ldm.interop import names, rows, text_folders, text_names
 
 PARITY = Path(__file__).parents[1] / "data" / "parity" / "diffusers_models"
 PROMPTS = json.loads((PARITY / "prompts.json").read_text())
@@ -25,7 +25,7 @@ def test_transformers_reads_what_is_written(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     config = text_folders.config_of(ours, names.defaults(ours.block))
     (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(config))
-    weights = text_names.write(text_names.hf_clip(3), ours.state_dict())
+    weights = rows.back(text_names.hf_clip(3), ours.state_dict())
     save_file(weights, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
     text_folders.write_tokenizer(ours, tmp_path / "tokenizer")
     theirs, found = tf.CLIPTextModel.from_pretrained(tmp_path / "text_encoder", output_loading_info=True)

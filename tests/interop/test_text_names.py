@@ -10,7 +10,8 @@ from ldm.common.build import build
 from ldm.common.files import UserError
 from ldm.common.weights import without_weights
 from ldm.interop import text_names
-from ldm.interop.text_names import infer, read, write
+from ldm.interop.rows import back as write
+from ldm.interop.text_names import infer, read
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "manifests" / "text_encoders.json").read_text())
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ldm.common.build import build
 from ldm.common.weights import without_weights
-from ldm.interop import text_folders, text_names
+from ldm.interop import rows, text_folders, text_names
 
 PARITY = Path(__file__).parents[1] / "data" / "parity"
 PROMPTS = ["a photograph of an Astronaut riding a horse!", "the old  oil-painting of a cat, 42 monsters"]
@@ -30,7 +30,7 @@ def encoder(case: str, prefix: str, **params):
     made = without_weights(lambda: build(found.block))
     assert made.device.type == "meta"
     made.load_state_dict(text_names.read(found, tensors, case), assign=True)
-    back = text_names.write(found.rows, made.state_dict())
+    back = rows.back(found.rows, made.state_dict())
     left = {key for key in tensors if key.startswith(prefix)} - set(back)
     assert all(torch.equal(back[key], tensors[key]) and back[key].dtype == tensors[key].dtype for key in back)
     assert all(key.endswith("position_ids") for key in left)
