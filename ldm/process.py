@@ -147,7 +147,7 @@ class Discrete(Process):
         self.straight = float(alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
         # index 0 is the data (t = -1), index k is t = k - 1
         self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * alpha_bar.log()])
-        self._told = torch.cat([-torch.ones(1, dtype=torch.float64), told.double()]) if isinstance(told, Tensor) else told
+        self.told = torch.cat([-torch.ones(1, dtype=torch.float64), told.double()]) if isinstance(told, Tensor) else told
 
     @property
     def betas(self) -> Tensor:  # (T,) fp64
@@ -160,12 +160,12 @@ class Discrete(Process):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
 
     def time(self, t: Tensor) -> Tensor:
-        if isinstance(self._told, str):
-            return t if self._told == "exact" else whole(t - BELOW * (self._told == "below"), self._told).clamp(min=0)
-        return _between(self._told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
+        if isinstance(self.told, str):
+            return t if self.told == "exact" else whole(t - BELOW * (self.told == "below"), self.told).clamp(min=0)
+        return _between(self.told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
 
 
-BELOW = 1e-6  # a level that was found as exp(log(sigma)) lies a little below its step, and is told as the one before
+BELOW = 2e-4  # a level that was found as exp(log(sigma)) lies a little below its step, and is told as the one before
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:

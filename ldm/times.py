@@ -38,36 +38,41 @@ def linear(process: Process, n: int, *, end: End = "data", round: bool = False) 
     return _ended(times, process, end)
 
 
-def shifted(process: Process, n: int, *, shift: float = 3.0, high: float = 1.0) -> Tensor:
+def shifted(process: Process, n: int, *, shift: float = 3.0, high: float = 1.0, low: float = 0.0) -> Tensor:
     """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
 
-    high: the first u (diffusers' DPM-Solver on a flow: 0.999).
+    high, low: u goes from the one to the other, which is not reached: clean data is in its place (diffusers' solvers).
     """
-    return _at_shares(process, _shift(torch.linspace(high, 0, n + 1, dtype=torch.float64), shift))
+    share = _shift(torch.linspace(high, low, n + 1, dtype=torch.float64), shift)
+    return _at_shares(process, torch.cat([share[:-1], share.new_zeros(1)]))
 
 
-def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None) -> Tensor:
+def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None,
+               spacing: Literal["even", "karras", "exponential", "beta"] = "even") -> Tensor:
     """diffusers' FlowMatchEuler: n even shares from 1 to `low`, shifted; then clean data.
 
     Its trap: with a fixed shift the training table's lowest share, 0.001, is shifted already, so that the low end is
     shifted twice: low = shift * 0.001 / (1 + (shift - 1) * 0.001) says the same. terminal: the shares are stretched about
-    1 so that the last is this one.
+    1 so that the last is this one. spacing: between the first and the last share in another way: even after the 7th root, in
+    even ratios, or as quantiles of Beta(0.6, 0.6).
     """
     share = _shift(torch.linspace(1, low, n, dtype=torch.float64), shift)
     if terminal is not None:
         share = 1 - (1 - share) * (1 - terminal) / (1 - share[-1])
+    high, low = share[0], share[-1]
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    if spacing == "karras":
+        share = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    elif spacing == "exponential":
+        share = high * (low / high) ** ramp
+    elif spacing == "beta":
+        share = low + _quantiles(1 - ramp, 0.6, 0.6) * (high - low)
     return _at_shares(process, torch.cat([share, share.new_zeros(1)]))
 
 
 def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173)."""
-    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
-    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
-    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
-    total = torch.cumulative_trapezoid(density, logit)
-    found = _interpolate(torch.linspace(1, 0, n + 1, dtype=torch.float64), total / total[-1], share[1:])
-    found[0], found[-1] = 1, 0
-    return _at_shares(process, found)
+    return _at_shares(process, _quantiles(torch.linspace(1, 0, n + 1, dtype=torch.float64), alpha, beta))
 
 
 def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data") -> Tensor:
@@ -170,6 +175,15 @@ def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1,
     return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), whole=sigma_max is None)
 
 
+def beta_levels(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sigma_min: float | None = None,
+                sigma_max: float | None = None, span: Spec | None = None) -> Tensor:
+    """n levels at quantiles of Beta(alpha, beta), both ends among them, then clean data (diffusers' "beta sigmas": not
+    2407.12173, which spaces times so: see ``beta``). Every process."""
+    low, high = _range(process, sigma_min, sigma_max, span, n)
+    share = _quantiles(torch.linspace(1, 0, n, dtype=torch.float64), alpha, beta)
+    return _at_levels(process, low + share * (high - low), whole=sigma_max is span is None)
+
+
 def sigmas(process: Process, n: int, *, values: Sequence[float]) -> Tensor:
     """Your own decreasing levels sigma/alpha, brought to n steps; they end with 0 (clean data), or where one stops."""
     levels = torch.tensor(values, dtype=torch.float64)
@@ -196,9 +210,9 @@ ays_sdxl = _align([14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.23
 
 TIMES: dict[str, Times] = {
     "linear": linear, "trailing": linear, "leading": leading, "linspace": linspace, "compvis": compvis,
-    "quadratic": quadratic, "distilled": distilled, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,
-    "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp, "sigmas": sigmas,
-    "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
+    "quadratic": quadratic, "distilled": distilled, "shifted": shifted, "flow_match": flow_match, "beta": beta,
+    "karras": karras, "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp,
+    "beta_levels": beta_levels, "sigmas": sigmas, "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
 }  # fmt: skip
 
 
@@ -226,6 +240,16 @@ def _when(process: Process, log_snr: Tensor) -> Tensor:
 
 def _shift(share: Tensor, shift: float) -> Tensor:
     return shift * share / (1 + (shift - 1) * share)
+
+
+def _quantiles(shares: Tensor, alpha: float, beta: float) -> Tensor:
+    """Of Beta(alpha, beta)."""
+    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
+    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
+    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
+    total = torch.cumulative_trapezoid(density, logit)
+    found = _interpolate(shares, total / total[-1], share[1:])
+    return torch.where(shares == 0, 0.0, torch.where(shares == 1, 1.0, found))
 
 
 def _at_shares(process: Process, share: Tensor) -> Tensor:

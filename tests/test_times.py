@@ -81,6 +81,7 @@ def test_known_lists():
     with pytest.raises(ValueError, match="distilled on 50"):
         distilled(DDPM(), 51)
     assert shifted(RectifiedFlow(), 3, shift=1.0, high=0.9).tolist() == pytest.approx([0.9, 0.6, 0.3, 0])
+    assert shifted(RectifiedFlow(), 2, shift=3.0, low=0.5).tolist() == pytest.approx([1, 0.9, 0])
     assert leading(DDPM(), 5, offset=0, end="first").tolist() == [800, 600, 400, 200, 0, 0]
     assert leading(DDPM(), 10, divide="n+1").tolist() == [901, 811, 721, 631, 541, 451, 361, 271, 181, 91, -1]
     assert linspace(DDPM(), 4).tolist() == [999, 666, 333, 0, -1]

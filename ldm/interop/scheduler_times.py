@@ -19,7 +19,7 @@ from ldm.times import make_times
 def times_of(o: Settings, process: Process) -> Any:
     """A name with options; or the times themselves for ``o.steps``, where they follow from that number as no name here says."""
     if o.kind.startswith("FlowMatch"):
-        return flow(o, process)
+        return flow(o)
     if o.is_flow:
         return solver_flow(o)
     if o.is_edm:
@@ -54,53 +54,32 @@ def clipped(o: Settings, process: Process) -> list[float]:
 
 
 def levels(o: Settings, process: Process) -> dict:
-    name = {"lu": "exponential"}.get(o.spaced, o.spaced)
+    name = {"lu": "exponential", "beta": "beta_levels"}.get(o.spaced, o.spaced)
     given = {"span": even(o, process)} if o.kind in OVER_ALPHA else {}
     given |= {key: o[key] for key in ("sigma_min", "sigma_max") if o.get(key) is not None}
     if o.kind.startswith("KDPM2") and name == "karras":
         raise o.refused("use_karras_sigmas", False, "tells the network whole times in some calls and not in others")
-    if name != "beta":
-        return {"name": name, **given, **ended(o)}
-    if o.end == "first":
+    if name == "beta_levels" and o.end == "first":
         raise o.refused("use_beta_sigmas", False)
-    bounds = make_times({"name": "exponential", **given}, process, o.steps)[[-2, 0]]
-    return {"name": "sigmas", "values": [*between(o, *(-process.log_snr(bounds)).exp().tolist()), 0.0]}
+    return {"name": name, **given, **ended(o)}
 
 
-def between(o: Settings, low: float, high: float) -> list[float]:
-    """Levels from ``high`` down to ``low``, both among them."""
-    n = o.steps
-    if o.spaced == "beta":  # 2407.12173, over levels in place of times
-        from scipy.stats import beta
-
-        return [low + float(beta.ppf(1 - k / (n - 1), 0.6, 0.6)) * (high - low) for k in range(n)]
-    if o.spaced == "exponential":
-        return [high * (low / high) ** (k / (n - 1)) for k in range(n)]
-    return [(high ** (1 / 7) + k / (n - 1) * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for k in range(n)]
-
-
-def flow(o: Settings, process: Process) -> dict | list[float]:
+def flow(o: Settings) -> dict:
     shift, least = shift_of(o), 1 / o["num_train_timesteps"]
     low = least if o.get("use_dynamic_shifting") else shifted(least, shift)
-    found = {"name": "flow_match", "shift": shift, "low": low, "terminal": o.get("shift_terminal") or None}
-    if not o.spaced:
-        return found
-    first, last = make_times(found, process, o.steps)[[0, -2]].tolist()
-    return [*between(o, last, first), 0.0]  # even in the flow's own sigma, not in sigma / alpha
+    return {"name": "flow_match", "shift": shift, "low": low, "terminal": o.get("shift_terminal") or None,
+            "spacing": o.spaced or "even"}  # fmt: skip
 
 
-def solver_flow(o: Settings) -> dict | list[float]:
-    shift, n, least = shift_of(o), o.steps, 1 / o["num_train_timesteps"]
+def solver_flow(o: Settings) -> dict:
+    shift, least = shift_of(o), 1 / o["num_train_timesteps"]
     if o.kind == "DEISMultistep" or o.end == "first":
         raise o.refused("use_flow_sigmas", False, "does not end at clean data in this class with these settings")
-    if o.spaced:
-        raise o.refused("use_flow_sigmas", False, f"together with {o.spaced} levels has no counterpart here")
-    if o.kind != "UniPCMultistep":
-        return {"name": "shifted", "shift": shift, "high": 1 - least}
-    shares = [shifted(1 - (1 - least) * k / n, shift) for k in range(n)]
-    if o["shift_terminal"]:
-        shares = [1 - (1 - share) * (1 - o["shift_terminal"]) / (1 - shares[-1]) for share in shares]
-    return [min(shares[0], 1 - 1e-6), *shares[1:], 0.0]
+    if o.spaced or o.get("shift_terminal"):
+        raise o.refused("use_flow_sigmas", False, "together with other spacing has no counterpart here")
+    if o.kind == "UniPCMultistep":  # from a little below 1, shifted
+        return {"name": "shifted", "shift": shift, "high": shifted(1 - 1e-6, 1 / shift), "low": least}
+    return {"name": "shifted", "shift": shift, "high": 1 - least}
 
 
 def shift_of(o: Settings) -> float:

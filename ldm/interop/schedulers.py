@@ -122,6 +122,9 @@ def ddpm(o: Settings) -> dict:
     kinds = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned_range"}
     if o["variance_type"] not in kinds:
         raise o.refused("variance_type", "learned_range" if o["variance_type"] == "learned" else "fixed_large")
+    if kinds[o["variance_type"]] == "large" and (o["timestep_spacing"] == "trailing" or (
+            o["timestep_spacing"] == "leading" and o["steps_offset"])):  # fmt: skip
+        raise o.refused("variance_type", "fixed_small", "adds noise to clean data at its last step")
     return {"name": "ddpm", "variance": kinds[o["variance_type"]]}
 
 
