@@ -28,7 +28,7 @@ from ldm.conditioners.base import encoded
 from ldm.conditioners.prompts import Long, reading
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
-from ldm.guidance import batched, cfg, rescale, within
+from ldm.guidance import BOUNDS, batched, cfg, rescale, within
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow
 from ldm.samplers import SAMPLERS, Callback
@@ -48,7 +48,7 @@ class Bundle(nn.Module):
     Args:
         config: the resolved config that the parts were built from; ``describe`` and ``save`` need it.
         sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W],
-            prompt_weights; plain data, as a config writes it.
+            prompt_weights, x0, start; plain data, as a config writes it.
         about: what else a checkpoint says of itself: encoder_hash, data.
     """
 
@@ -200,7 +200,8 @@ class Bundle(nn.Module):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
         self.check_conditioner(guidance["scale"])
-        spread = float(torch.hypot(*self.denoiser.process.exact(times[:1].double())))  # of x_T, for data of unit variance
+        alpha, sigma = (float(c) for c in self.denoiser.process.exact(times[0].double()))
+        spread = {None: math.hypot(alpha, sigma), "noise": sigma}.get(start := self.sampling.get("start"), start)
         pictures = []
         if prompt_weights is None:
             prompt_weights = self.sampling.get("prompt_weights")
@@ -250,6 +251,8 @@ class Bundle(nn.Module):
                 guided = rescale(guided, towards, self.denoiser.process, guidance["rescale"])
             low, high = (math.inf * side if at is None else at for side, at in ((-1, guidance["low"]), (1, guidance["high"])))
             denoise = within(low, high, guided, denoise)
+        if self.sampling.get("x0"):
+            denoise = pick(self.sampling["x0"], BOUNDS, "x0")(denoise, self.denoiser.process)
         dtype = next(self.denoiser.parameters()).dtype
 
         def in_precision(x: Tensor, t: Tensor) -> Prediction:

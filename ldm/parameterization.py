@@ -58,15 +58,16 @@ class Preconditioned:
 
     Args:
         sigma_data: 1 for latents, which come at unit scale; the paper has 0.5 for pictures in [-1, 1].
+        negative: -F is what the network says; with sigma_data 1 this is v of the variance-preserving x_t / r (CosXL).
     """
 
-    def __init__(self, sigma_data: float = 1.0):
+    def __init__(self, sigma_data: float = 1.0, negative: bool = False):
         if sigma_data <= 0:
             raise ValueError(f"sigma_data: {sigma_data}; a standard deviation is above 0")
-        self.sigma_data = sigma_data
+        self.sigma_data, self.sign = sigma_data, -1 if negative else 1
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Pair:
-        c_in = self.c_in(alpha, sigma)
+        c_in = self.sign * self.c_in(alpha, sigma)
         return c_in * sigma / self.sigma_data, -c_in * alpha * self.sigma_data
 
     def c_in(self, alpha: Tensor, sigma: Tensor) -> Tensor:

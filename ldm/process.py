@@ -19,6 +19,7 @@ from ldm.common.files import UserError
 
 Number = Tensor | float
 Variance = Literal["small", "large", "learned", "learned_range"]
+Told = Literal["exact", "nearest", "below"]  # between the steps of training: that time, or a step's
 
 
 class StepPosterior(NamedTuple):
@@ -62,6 +63,11 @@ def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Vari
         return share * beta.log().to(var) + (1 - share) * small.to(var)
     fixed = small if kind == "small" else torch.where(variance > 0, beta, floor).log()
     return fixed if var is None else fixed.to(var)
+
+
+def whole(t: Tensor, told: Told) -> Tensor:
+    """What a network is told of the time t."""
+    return {"exact": t, "nearest": t.round(), "below": t.floor()}[told]
 
 
 def in_double(t: Tensor) -> Tensor:
@@ -127,19 +133,21 @@ class Process:
 class Discrete(Process):
     """T steps, t = 0..T-1: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
 
-    alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t.
+    alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t; or, for times between
+    the steps, whether that time or the nearest step, or the one below (diffusers' DPM-Solver, UniPC and DEIS on "karras" and
+    "exponential").
     """
 
     t_data = -1.0
     t_min = 0.0
 
-    def __init__(self, alpha_bar: Tensor, told: Tensor | None = None):
+    def __init__(self, alpha_bar: Tensor, told: Tensor | Told = "exact"):
         self.alpha_bar = alpha_bar
         self.t_max = float(len(alpha_bar) - 1)
         self.straight = float(alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
         # index 0 is the data (t = -1), index k is t = k - 1
         self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * alpha_bar.log()])
-        self._told = None if told is None else torch.cat([-torch.ones(1, dtype=torch.float64), told.double()])
+        self.told = torch.cat([-torch.ones(1, dtype=torch.float64), told.double()]) if isinstance(told, Tensor) else told
 
     @property
     def betas(self) -> Tensor:  # (T,) fp64
@@ -152,9 +160,12 @@ class Discrete(Process):
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
 
     def time(self, t: Tensor) -> Tensor:
-        if self._told is None:
-            return t
-        return _between(self._told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
+        if isinstance(self.told, str):
+            return t if self.told == "exact" else whole(t - BELOW * (self.told == "below"), self.told).clamp(min=0)
+        return _between(self.told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
+
+
+BELOW = 2e-4  # a level that was found as exp(log(sigma)) lies a little below its step, and is told as the one before
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:
@@ -172,13 +183,16 @@ class DDPM(Discrete):
     Args:
         start, end: first and last beta of the schedule (its own default if None).
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+        floor: the least alpha_bar; above 0, the last step of ``zero_terminal`` has a sigma / alpha (diffusers: 2^-24).
+        told: see ``Discrete``.
     """
 
     def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
-                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False):
+                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
+                 floor: float = 0.0, told: Told = "exact"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
         alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
-        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar)
+        super().__init__((zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor), told)
 
 
 class Table(Discrete):
@@ -186,13 +200,13 @@ class Table(Discrete):
 
     Args:
         alpha_bar: products of 1 - beta, decreasing from below 1 to 0 or above; betas: in their place. One of both.
-        zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+        zero_terminal, floor, told: see ``DDPM``.
 
     A checkpoint holds the numbers themselves: ``block`` is this process's config without the file.
     """
 
     def __init__(self, alpha_bar: list[float] | Path | None = None, betas: list[float] | Path | None = None,
-                 zero_terminal: bool = False):
+                 zero_terminal: bool = False, floor: float = 0.0, told: Told = "exact"):
         if (alpha_bar is None) == (betas is None):
             raise UserError("a table of noise levels is given as alpha_bar or as betas: one of both")
         table = numbers("alpha_bar", alpha_bar) if betas is None else torch.cumprod(1 - numbers("betas", betas), 0)
@@ -202,8 +216,10 @@ class Table(Discrete):
             k = wrong[0]
             raise UserError(f"alpha_bar[{k}] is {float(table[k]):g} after {float(before[k]):g}: alpha-bar, the product of "
                             "1 - beta, has to decrease at every step, from below 1 and not below 0")
-        super().__init__(zero_terminal_snr(table) if zero_terminal else table)
+        super().__init__((zero_terminal_snr(table) if zero_terminal else table).clamp(min=floor), told)
         self.block = {"target": "ldm.process.Table", "params": {"alpha_bar": self.alpha_bar.tolist()}}
+        if told != "exact":
+            self.block["params"]["told"] = told
 
 
 def respaced(process: Discrete, kept: list[int] | str) -> Discrete:
@@ -273,15 +289,16 @@ class RectifiedFlow(Process):
     Args:
         shift: resolution shift s of 2403.03206, eq. 23: t -> s t / (1 + (s - 1) t); above 1 means more noise. Or how it
             follows from the number of tokens of a picture: see ``sd3_shift``, ``flux_shift``.
+        told: 1000 sigma, exactly or as a whole number.
     """
 
     t_min, t_max = 0.0, 1.0
     straight = True
 
-    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None):
+    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None, told: Told = "exact"):
         if isinstance(shift, str) != (tokens is not None):
             raise UserError(f"shift {shift!r} with tokens {tokens}: 'sd3' and 'flux' need tokens, a number takes none")
-        self.shift = SHIFTS[shift](tokens) if isinstance(shift, str) else shift
+        self.shift, self.told = SHIFTS[shift](tokens) if isinstance(shift, str) else shift, told
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.shift * t / (1 + (self.shift - 1) * t)
@@ -289,14 +306,18 @@ class RectifiedFlow(Process):
 
     def time(self, t: Tensor) -> Tensor:
         """The network is told sigma, not t, so a shift does not change what it knows."""
-        return 1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype)
+        return whole(1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype), self.told)
 
 
 class EDM(Process):
-    """Variance exploding, alpha = 1, sigma = t in [sigma_min, sigma_max] (2206.00364)."""
+    """Variance exploding, alpha = 1, sigma = t in [sigma_min, sigma_max] (2206.00364).
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
-        self.t_min, self.t_max = sigma_min, sigma_max
+    Args:
+        told: c_noise = ln(sigma) / 4 as it is (diffusers, CosXL), or brought to the range 0..1000 that other processes have.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, told: Literal["thousand", "c_noise"] = "thousand"):
+        self.t_min, self.t_max, self.told = sigma_min, sigma_max, told
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
@@ -305,6 +326,7 @@ class EDM(Process):
         return torch.exp(-log_snr.double())
 
     def time(self, t: Tensor) -> Tensor:
-        """c_noise = ln(sigma) / 4, brought to the range 0..1000."""
+        if self.told == "c_noise":
+            return t.clamp(min=self.t_min).log() / 4
         low, high = math.log(self.t_min), math.log(self.t_max)
         return 1000.0 * (t.clamp(min=self.t_min).log() - low) / (high - low)

@@ -38,33 +38,41 @@ def linear(process: Process, n: int, *, end: End = "data", round: bool = False) 
     return _ended(times, process, end)
 
 
-def shifted(process: Process, n: int, *, shift: float = 3.0) -> Tensor:
-    """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23)."""
-    return _at_shares(process, _shift(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift))
+def shifted(process: Process, n: int, *, shift: float = 3.0, high: float = 1.0, low: float = 0.0) -> Tensor:
+    """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
+
+    high, low: u goes from the one to the other, which is not reached: clean data is in its place (diffusers' solvers).
+    """
+    share = _shift(torch.linspace(high, low, n + 1, dtype=torch.float64), shift)
+    return _at_shares(process, torch.cat([share[:-1], share.new_zeros(1)]))
 
 
-def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None) -> Tensor:
+def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None,
+               spacing: Literal["even", "karras", "exponential", "beta"] = "even") -> Tensor:
     """diffusers' FlowMatchEuler: n even shares from 1 to `low`, shifted; then clean data.
 
     Its trap: with a fixed shift the training table's lowest share, 0.001, is shifted already, so that the low end is
     shifted twice: low = shift * 0.001 / (1 + (shift - 1) * 0.001) says the same. terminal: the shares are stretched about
-    1 so that the last is this one.
+    1 so that the last is this one. spacing: between the first and the last share in another way: even after the 7th root, in
+    even ratios, or as quantiles of Beta(0.6, 0.6).
     """
     share = _shift(torch.linspace(1, low, n, dtype=torch.float64), shift)
     if terminal is not None:
         share = 1 - (1 - share) * (1 - terminal) / (1 - share[-1])
+    high, low = share[0], share[-1]
+    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
+    if spacing == "karras":
+        share = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    elif spacing == "exponential":
+        share = high * (low / high) ** ramp
+    elif spacing == "beta":
+        share = low + _quantiles(1 - ramp, 0.6, 0.6) * (high - low)
     return _at_shares(process, torch.cat([share, share.new_zeros(1)]))
 
 
 def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173)."""
-    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
-    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
-    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
-    total = torch.cumulative_trapezoid(density, logit)
-    found = _interpolate(torch.linspace(1, 0, n + 1, dtype=torch.float64), total / total[-1], share[1:])
-    found[0], found[-1] = 1, 0
-    return _at_shares(process, found)
+    return _at_shares(process, _quantiles(torch.linspace(1, 0, n + 1, dtype=torch.float64), alpha, beta))
 
 
 def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data") -> Tensor:
@@ -108,36 +116,46 @@ def quadratic(process: Process, n: int) -> Tensor:
     return _ladder(ladder.unique(), process, "first", "quadratic")
 
 
+def distilled(process: Process, n: int, *, of: int = 50, end: End = "data") -> Tensor:
+    """n of the ``of`` even steps that a consistency model was distilled on, the last among them (LCM, 2310.04378, as in
+    diffusers). Discrete kinds only."""
+    steps = _steps(process, of, "distilled")
+    if n > of:
+        raise ValueError(f"times 'distilled': {n} steps, but the model was distilled on {of}; take {of} at most")
+    chosen = of - torch.arange(n) * of // n  # floor of even places
+    return _ladder((chosen * (steps // of) - 1).flip(0), process, end, "distilled")
+
+
 # Noise levels.
 
 
 def karras(process: Process, n: int, *, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None,
-           round: bool = False) -> Tensor:
+           span: Spec | None = None, end: End = "data", round: bool = False) -> Tensor:
     """n levels, even after the root of order rho, then clean data (EDM, 2206.00364, eq. 5). Every process.
 
-    sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite; k-diffusion and diffusers' DPM
-    take those of the whole training range, diffusers' Euler those of the first and last "leading" time. round: to whole
-    steps, at which a network was trained (discrete kinds).
+    sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite, as k-diffusion and diffusers' DPM
+    have it. span: another list of n times, between whose first and last levels these lie (diffusers' Euler, Heun, LMS).
+    round: to whole steps, at which a network was trained (discrete kinds).
     """
-    low, high = _range(process, sigma_min, sigma_max)
+    low, high = _range(process, sigma_min, sigma_max, span, n)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return _at_levels(process, levels, whole=sigma_max is None, round=round)
+    return _at_levels(process, levels, whole=sigma_max is span is None, round=round, end=end)
 
 
 def polyexponential(process: Process, n: int, *, rho: float = 1.0, sigma_min: float | None = None,
-                    sigma_max: float | None = None, round: bool = False) -> Tensor:
+                    sigma_max: float | None = None, span: Spec | None = None, end: End = "data", round: bool = False) -> Tensor:
     """n levels whose logarithms follow a ramp to the power rho, then clean data (k-diffusion). Every process."""
-    low, high = _range(process, sigma_min, sigma_max)
+    low, high = _range(process, sigma_min, sigma_max, span, n)
     ramp = torch.linspace(1, 0, n, dtype=torch.float64) ** rho
     levels = torch.exp(math.log(low) + ramp * math.log(high / low))
-    return _at_levels(process, levels, whole=sigma_max is None, round=round)
+    return _at_levels(process, levels, whole=sigma_max is span is None, round=round, end=end)
 
 
 def exponential(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None,
-                round: bool = False) -> Tensor:
+                span: Spec | None = None, end: End = "data", round: bool = False) -> Tensor:
     """n levels in even ratios, then clean data (k-diffusion; diffusers' exponential and "lu lambdas"). Every process."""
-    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, round=round)
+    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, span=span, end=end, round=round)
 
 
 def log_snr(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
@@ -155,6 +173,15 @@ def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1,
         for b in (math.log1p(level**2) for level in _range(process, sigma_min, sigma_max)))
     t = torch.linspace(high, low, n, dtype=torch.float64)
     return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), whole=sigma_max is None)
+
+
+def beta_levels(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sigma_min: float | None = None,
+                sigma_max: float | None = None, span: Spec | None = None) -> Tensor:
+    """n levels at quantiles of Beta(alpha, beta), both ends among them, then clean data (diffusers' "beta sigmas": not
+    2407.12173, which spaces times so: see ``beta``). Every process."""
+    low, high = _range(process, sigma_min, sigma_max, span, n)
+    share = _quantiles(torch.linspace(1, 0, n, dtype=torch.float64), alpha, beta)
+    return _at_levels(process, low + share * (high - low), whole=sigma_max is span is None)
 
 
 def sigmas(process: Process, n: int, *, values: Sequence[float]) -> Tensor:
@@ -183,9 +210,9 @@ ays_sdxl = _align([14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.23
 
 TIMES: dict[str, Times] = {
     "linear": linear, "trailing": linear, "leading": leading, "linspace": linspace, "compvis": compvis,
-    "quadratic": quadratic, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,
-    "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp, "sigmas": sigmas,
-    "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
+    "quadratic": quadratic, "distilled": distilled, "shifted": shifted, "flow_match": flow_match, "beta": beta,
+    "karras": karras, "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp,
+    "beta_levels": beta_levels, "sigmas": sigmas, "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
 }  # fmt: skip
 
 
@@ -215,25 +242,40 @@ def _shift(share: Tensor, shift: float) -> Tensor:
     return shift * share / (1 + (shift - 1) * share)
 
 
+def _quantiles(shares: Tensor, alpha: float, beta: float) -> Tensor:
+    """Of Beta(alpha, beta)."""
+    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
+    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
+    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
+    total = torch.cumulative_trapezoid(density, logit)
+    found = _interpolate(shares, total / total[-1], share[1:])
+    return torch.where(shares == 0, 0.0, torch.where(shares == 1, 1.0, found))
+
+
 def _at_shares(process: Process, share: Tensor) -> Tensor:
     """Shares of the way from clean data (0) to t_max (1) -> times."""
     times = process.t_data + share * (process.t_max - process.t_data)
     return torch.where(share == 1, process.t_max, times)
 
 
-def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = False) -> Tensor:
-    """Noise levels (n,) -> times, then clean data. whole: the first is t_max itself."""
+def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = False, end: End = "data") -> Tensor:
+    """Noise levels (n,) -> times, then the end. whole: the first is t_max itself."""
     times = _when(process, -levels.log())
     if whole:
         times[0] = process.t_max
     if round:
         _steps(process, 1, "karras, exponential: round")
         times = times.round().unique().flip(0)
-    return _then(times, process, "data")
+    return _then(times, process, end)
 
 
-def _range(process: Process, low: float | None, high: float | None) -> tuple[float, float]:
-    """The least and the greatest level: what is asked for, else those of t_min and t_max, as far as they are numbers."""
+def _range(process: Process, low: float | None, high: float | None, span: Spec | None = None, n: int = 1
+           ) -> tuple[float, float]:
+    """The least and the greatest level: what is asked for, else those of a list of n times before its end, else those of
+    t_min and t_max, as far as they are numbers."""
+    if span is not None:
+        last, first = torch.exp(-process.log_snr(make_times(span, process, n)[[-2, 0]])).tolist()
+        low, high = last if low is None else low, first if high is None else high
     own = torch.exp(-process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64))).tolist()
     low = (own[0] if own[0] > 0 else ENDLESS[0]) if low is None else low
     high = (min(own[1], ENDLESS[1]) if process.straight else own[1]) if high is None else high

@@ -151,6 +151,21 @@ def test_the_start_has_the_spread_of_the_process(model_config):
     assert math.isclose(seen[0], 80, rel_tol=0.1)
 
 
+def test_the_start_and_the_range_of_x0_are_the_models(bundle):
+    """A flow begins with noise alone; here 0.9 of the way there is 0.1 of the data's deviation too."""
+    seen = []
+
+    def first(step, t, x, guess):
+        seen.append((x, guess))
+
+    plain, times = copy.copy(bundle), [0.9, 0.5, 0.0]
+    for start, spread in ((None, math.hypot(0.1, 0.9)), ("noise", 0.9), (2.0, 2.0)):
+        plain.sampling = bundle.sampling | {"start": start, "x0": {"name": "clip", "bound": 0.25}}
+        plain.generate("green", times=times, sampler="euler", callback=first)
+        assert torch.allclose(seen[-2][0] / spread, seen[0][0] / math.hypot(0.1, 0.9), atol=1e-6)
+    assert all(guess.x0.abs().max() == 0.25 for _, guess in seen)
+
+
 def test_words_steer(bundle):
     plain, *others = (
         bundle.generate(["a red circle"], guidance=guidance, negative_prompt=negative)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -64,7 +64,9 @@ class Sampling:
     """How pictures are made where nothing else is asked for; stored with the model. sampler, times: a name, or name and
     options ({name: karras, rho: 5}); times: also a list of times, which is brought to that many steps. count: pictures in a
     sample grid; prompts: their captions (null: captions of the validation data), repeated as needed. prompt_weights: prompts
-    may have weights in them, "(word:1.3)" (null: as the conditioner is set)."""
+    may have weights in them, "(word:1.3)" (null: as the conditioner is set). x0: how every guess of the data is kept in range,
+    a name in ldm.guidance.BOUNDS with options, for pixels (null: not at all). start: standard deviation of what sampling starts
+    from, "noise": that of the noise alone (null: that of noisy data of unit variance)."""
 
     sampler: str | dict = "dpmpp_2m"
     steps: int = 20
@@ -73,6 +75,8 @@ class Sampling:
     prompts: list[str] | None = None
     count: int = 8
     prompt_weights: bool | None = None
+    x0: str | dict | None = None
+    start: Literal["noise"] | float | None = None
     check_params = staticmethod(at_least(steps=1, count=1))
 
 
@@ -288,4 +292,5 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 NAMES: dict[tuple[str, str], str] = {
     ("sampling", "sampler"): "ldm.samplers.SAMPLERS",
     ("sampling", "times"): "ldm.times.TIMES",
+    ("sampling", "x0"): "ldm.guidance.BOUNDS",
 }
