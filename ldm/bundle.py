@@ -24,6 +24,7 @@ from ldm.common.named import Spec, pick
 from ldm.common.random import generator
 from ldm.common.weights import compare, content, evaluating, without_weights
 from ldm.cond import Cond
+from ldm.conditioners.base import encoded
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
 from ldm.guidance import batched, cfg, rescale, within
 from ldm.parameterization import Denoise, Prediction
@@ -194,9 +195,11 @@ class Bundle(nn.Module):
             for rows in _parts(n, batch_size):
                 sources = [generator(seed + index) for index in indices[rows]]
                 x = _normal(shape, sources) * spread if x_T is None else x_T[rows].float()
-                part = {key: value[rows] for key, value in batch.items()}
-                z = sampler(self._guided(part, negative and negative[rows], guidance), x.to(self.device), times,
-                            self.denoiser.process, callback=callback,
+                part = {key: value[rows].to(self.device) if isinstance(value, Tensor) else value[rows]
+                        for key, value in batch.items()}  # fmt: skip
+                part.setdefault("position", torch.tensor([seed + index for index in indices[rows]]))
+                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:])
+                z = sampler(denoise, x.to(self.device), times, self.denoiser.process, callback=callback,
                             noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
                 pictures.append(self._decode(z, tile))
         return torch.cat(pictures)
@@ -217,17 +220,17 @@ class Bundle(nn.Module):
             raise UserError(f"guidance: no such part {', '.join(sorted(unknown))}; there are {', '.join(GUIDANCE)}")
         return plan
 
-    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping) -> Denoise:
+    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping, size: Sequence[int]) -> Denoise:
         """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
-        cond = Cond() if self.conditioner is None else self.conditioner(batch)
+        if negative is not None:
+            batch = {**batch, "negative_caption": negative}
+        cond, away = Cond(), None
+        if self.conditioner is not None:
+            batch = encoded(self.conditioner, self.autoencoder, batch, size)
+            cond, away = (self.conditioner(batch), None) if guidance["scale"] == 1 else self.conditioner.with_null(batch)
         denoiser = Remembering(self.denoiser)
         denoise = bind(denoiser, cond)
-        if len(cond) and guidance["scale"] != 1:
-            if negative is None:
-                away = self.conditioner.null(len(cond))
-            else:
-                rest = {key: value for key, value in batch.items() if not key.startswith("text_")}
-                away = self.conditioner(rest | {"caption": negative})
+        if away is not None:
             towards, away = batched(denoiser, cond, away)
             guided = cfg(towards, away, guidance["scale"])
             if guidance["rescale"]:
@@ -267,8 +270,9 @@ class Bundle(nn.Module):
                 raise UserError(f"the text encoder found here (hash {found}) is not the one that this model was "
                                 f"trained with (hash {expected}); install or name that one")
             self._checked = True
-        without_dropout = getattr(self.conditioner, "width", None) and getattr(self.conditioner, "dropout", None) == 0
-        if guidance > 1 and without_dropout and not self._warned:
+        part = self.conditioner
+        guidable = part is not None and (part.width is not None or part.vector_width is not None)
+        if guidance > 1 and guidable and not part.has_null and not self._warned:
             log.warning("guidance %g: this model was trained without caption dropout and knows no empty prompt to "
                         "compare with; guidance 1 is what it was trained for", guidance)
             self._warned = True
@@ -302,6 +306,8 @@ def _batch(prompts: str | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]
         batch = dict(prompts)
     else:
         batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
+    batch = {key: value if isinstance(value, Tensor) or any(isinstance(each, str) for each in value) else torch.as_tensor(value)
+             for key, value in batch.items()}  # fmt: skip
     lengths = {key: len(value) for key, value in batch.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")

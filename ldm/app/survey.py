@@ -237,18 +237,10 @@ def _walk_diffusion(module: Any, x: Tensor, found: Survey) -> None:
     with _kept(module) as kept:
         cond = Cond()
         if module.conditioner is not None:
-            flops, cond = _count(lambda: _condition(module.conditioner)), _condition(module.conditioner)
+            flops, cond = _count(lambda: module.conditioner.example(z)), module.conditioner.example(z)
             found.flops |= {"conditioner": flops} if flops else {}
         found.flops["network"] = _count(lambda: module.model["denoiser"].raw(z, torch.full((1,), 0.5), cond))
     found.activations = kept()
-
-
-def _condition(conditioner: Any) -> Cond:
-    """As long as they get, without the frozen encoder."""
-    if not hasattr(conditioner, "refine"):
-        return conditioner.null(1)
-    length = conditioner.max_length
-    return conditioner.refine(torch.empty(1, length, conditioner.encoder.width), torch.ones(1, length, dtype=torch.bool))
 
 
 def _count(run: Callable[[], Any]) -> int:

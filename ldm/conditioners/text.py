@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ldm.common.files import UserError, digest
 from ldm.cond import Cond
+from ldm.conditioners.base import Conditioner
 from ldm.conditioners.encoders import load_encoder
 
 log = logging.getLogger(__name__)
@@ -20,14 +21,14 @@ MULTIPLE = 8  # batches are padded to multiples of this many tokens: few differe
 REPORTED = 20  # so many cut captions are logged and remembered one by one, the others are counted
 
 
-class TextConditioner(nn.Module):
+class TextConditioner(Conditioner):
     """Captions -> Cond(tokens (B,L,width), mask (B,L)).
 
     encoder: "minilm", a model hub id, or a local folder (see encoders.load_encoder); layer: which hidden state, or
     several to concatenate. max_length: tokens a caption may have, the encoder's own limit if None.
     width, depth, heads: the trainable part, a projection and `depth` transformer blocks, then a LayerNorm; with neither
     width nor depth the frozen states pass unchanged.
-    dropout: share of captions that training replaces by the empty one (p_uncond; 2207.12598), by drop().
+    dropout: share of captions that training replaces by the empty one (p_uncond; 2207.12598).
     truncate: "report" logs the words that do not fit, "error" refuses such captions.
     keep_padding: every caption has max_length tokens, and padding counts as text, as Stable Diffusion was trained.
 
@@ -79,9 +80,16 @@ class TextConditioner(nn.Module):
         """The empty caption, n times: what guidance compares with and caption dropout puts in."""
         return self.refine(*self.null_states()).repeat_interleave(n)
 
-    def drop(self, cond: Cond, keep: Tensor) -> Cond:  # keep: (B,) bool
-        """The condition where keep is True, the empty caption elsewhere."""
-        return cond.where(keep, self.null(1))
+    def with_null(self, batch: dict) -> tuple[Cond, Cond | None]:
+        """The captions, and "negative_caption" (list of B) if the batch has it, else the empty one."""
+        if "negative_caption" not in batch:
+            return super().with_null(batch)
+        return self(batch), self({"caption": batch["negative_caption"]})
+
+    def example(self, z: Tensor) -> Cond:
+        """The longest caption, without the frozen encoder."""
+        states = torch.empty(1, self.max_length, self.encoder.width)
+        return self.refine(states, torch.ones(1, self.max_length, dtype=torch.bool))
 
     def refine(self, states: Tensor, mask: Tensor) -> Cond:  # (B,L,D0), (B,L) True where real
         """The trainable part. Padding stays zero, so that it makes no difference how much of it there is."""

@@ -137,10 +137,10 @@ def test_null_is_the_empty_caption(folder):
     assert torch.equal(null.mask, empty.mask)
 
 
-def test_drop_replaces_only_what_is_not_kept(bert):
+def test_dropout_replaces_the_captions_whose_number_is_below_it(bert):
     conditioner = TextConditioner(bert, dropout=0.1)
     cond = conditioner({"caption": CAPTIONS})
-    dropped = conditioner.drop(cond, torch.tensor([True, False, True]))
+    dropped = conditioner.with_dropout({"caption": CAPTIONS}, {"drop": torch.tensor([0.1, 0.09, 0.7])}.get)
     assert torch.equal(dropped.tokens[[0, 2]], cond.tokens[[0, 2]])
     length = conditioner.null(1).tokens.shape[1]
     assert torch.equal(dropped.tokens[1, :length], conditioner.null(1).tokens[0])
@@ -159,7 +159,8 @@ def test_the_empty_caption_outlives_the_encoder(bert):
 
 def test_unconditional_is_a_conditioner_too():
     none = Unconditional()
-    cond = none.drop(none({"image": torch.zeros(2, 3, 4, 4)}), torch.tensor([True, False]))
+    cond, null = none.with_null({"image": torch.zeros(2, 3, 4, 4)})
+    assert null is None
     assert (cond.tokens, cond.vector, cond.spatial, none.null(2).tokens) == (None, None, None, None)
 
 
