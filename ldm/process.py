@@ -172,13 +172,16 @@ class DDPM(Discrete):
     Args:
         start, end: first and last beta of the schedule (its own default if None).
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+        rescale: the network is told t * 1000 / steps (Improved DDPM's rescale_timesteps).
     """
 
     def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
-                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False):
+                 steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
+                 rescale: bool = False):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
         alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
-        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar)
+        told = torch.arange(steps, dtype=torch.float64) * (1000 / steps) if rescale else None
+        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar, told)
 
 
 class Table(Discrete):

@@ -1,0 +1,104 @@
+"""A classifier of noisy latents, with the noise that it was trained on: what a checkpoint of one holds, and what guides by it.
+
+    bundle.generate({"class": [3, 5]}, guide=by_classifier(ldm.load.load_classifier(path), scale=2.0, bundle=bundle))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoencoder.base import Autoencoder
+from ldm import guidance
+from ldm.common.build import TRUSTED, Block, build, near
+from ldm.common.files import UserError
+from ldm.common.weights import compare, without_weights
+from ldm.networks.classifier import log_p
+from ldm.parameterization import Denoise
+from ldm.process import Process
+
+Guide = Callable[[Denoise, Mapping[str, Any]], Denoise]  # (denoise, batch) -> denoise
+
+
+class NoisyClassifier(nn.Module):
+    """p(y | x_t): a network, and the process whose noise it knows.
+
+    Args:
+        about: what a checkpoint says of it: "network" and "process", blocks that build both anew; "autoencoder_hash", of
+            whose latents it knows.
+    """
+
+    def __init__(self, network: nn.Module, process: Process, about: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.network, self.process, self.about = network, process, dict(about or {})
+
+    @classmethod
+    def from_about(cls, about: Mapping[str, Any], trust: bool = False) -> NoisyClassifier:
+        """In eval mode and without weights (meta device). trust: build targets outside of TRUSTED too."""
+        allowed = None if trust else TRUSTED
+        network = without_weights(lambda: build(about["network"], allowed=allowed))
+        return cls(network, build(about["process"], allowed=allowed), about).eval()
+
+    def assign(self, weights: Mapping[str, Tensor], origin: str = "weights") -> NoisyClassifier:
+        """Take these tensors, by the network's names, as the weights. UserError where names or shapes differ."""
+        if problems := compare(self.network.state_dict(), weights):
+            raise UserError(f"{origin}: the weights do not fit the classifier that is described: {problems}")
+        self.network.load_state_dict(weights, assign=True, strict=True)
+        return self
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:  # (B,C,h,w), (B,) of the process -> logits (B,classes)
+        return self.network(x_t, self.process.time(t))
+
+
+def build_classifier(network: Block, autoencoder: Autoencoder, size: int | None = None,
+                     allowed: Iterable[str] | None = None) -> tuple[nn.Module, dict]:
+    """The network, its sizes derived, and its block with these sizes: what builds it without the autoencoder.
+
+    size: side of the latents.
+    """
+    params = {**(network.get("params") or {}), "in_channels": autoencoder.channels, "size": size}
+    given = {name: params[name] for name in ("in_channels", "size")}
+    return build(network, allowed=allowed, **given), {"target": network["target"], "params": params}
+
+
+def by_classifier(classifier: NoisyClassifier, scale: float, process: Process, autoencoder: Autoencoder | None = None,
+                  key: str = "class") -> Guide:
+    """Guidance towards batch[key], (B,) int (2105.05233, algorithm 2): what ``Bundle.generate`` takes as ``guide``.
+
+    Args:
+        scale: factor of the classifier's gradient.
+        process, autoencoder: of the model that is guided.
+
+    Raises:
+        UserError: for another process or autoencoder than those that the classifier was trained with.
+    """
+    if not same(classifier.process, process):
+        known = classifier.about.get("process") or type(classifier.process).__name__
+        raise UserError(f"the classifier knows the noise of {known}, the model samples another process "
+                        f"({type(process).__name__}); take a classifier that was trained with the model's process")
+    expected = classifier.about.get("autoencoder_hash")
+    if expected and autoencoder is not None and (found := autoencoder.content_hash()) != expected:
+        raise UserError(f"the classifier was trained on the latents of another autoencoder (hash {expected}) than the model's "
+                        f"(hash {found})")
+
+    def guide(denoise: Denoise, batch: Mapping[str, Any]) -> Denoise:
+        if key not in batch:
+            raise UserError(f"guidance by a classifier: the batch has no {key!r}{near(key, batch)}; it has {', '.join(batch)}")
+        y, classes = torch.as_tensor(batch[key]), classifier.network.classes
+        if y.is_floating_point() or ((y < 0) | (y >= classes)).any():
+            raise UserError(f"{key!r} holds whole numbers from 0 to {classes - 1}, got {y.tolist()[:5]}")
+        return guidance.classifier(denoise, log_p(classifier, y), scale, process)
+
+    return guide
+
+
+def same(a: Process, b: Process) -> bool:
+    """Whether two processes have the same noise at the same times, and tell a network the same."""
+    if (a.t_min, a.t_max) != (b.t_min, b.t_max):
+        return False
+    t = torch.linspace(a.t_min, a.t_max, 9, dtype=torch.float64)
+    pairs = zip((*a.exact(t), a.time(t)), (*b.exact(t), b.time(t)), strict=True)
+    return all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in pairs)
