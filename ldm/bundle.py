@@ -22,9 +22,11 @@ from ldm.common.build import TRUSTED, build, is_block, plain
 from ldm.common.files import UserError, atomic_write, digest
 from ldm.common.named import Spec, pick
 from ldm.common.random import generator
-from ldm.common.weights import compare, content, evaluating, without_weights
+from ldm.common.weights import compare, content, evaluating, required, without_weights
 from ldm.cond import Cond
 from ldm.conditioners.base import encoded
+from ldm.conditioners.prompts import Long, reading
+from ldm.conditioners.vocabulary import Vocabulary
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
 from ldm.guidance import batched, cfg, rescale, within
 from ldm.parameterization import Denoise, Prediction
@@ -45,8 +47,8 @@ class Bundle(nn.Module):
 
     Args:
         config: the resolved config that the parts were built from; ``describe`` and ``save`` need it.
-        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W]; plain
-            data, as a config writes it.
+        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W],
+            prompt_weights; plain data, as a config writes it.
         about: what else a checkpoint says of itself: encoder_hash, data.
     """
 
@@ -86,7 +88,7 @@ class Bundle(nn.Module):
 
     def assign(self, weights: Mapping[str, Tensor], origin: str = "weights") -> Bundle:
         """Take these tensors as the weights. UserError, with a count for each part, where names or shapes differ."""
-        problems = compare(self.state_dict(), weights)
+        problems = compare(required(self, self.state_dict()), required(self, weights))
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
@@ -105,7 +107,7 @@ class Bundle(nn.Module):
 
     def content_hash(self) -> str:
         """16 hex digits over all weights: the same for the same model, whatever file it comes from."""
-        return digest({key: content(value) for key, value in self.state_dict().items()})
+        return digest({key: content(value) for key, value in required(self, self.state_dict()).items()})
 
     def describe(self) -> dict:
         """What a checkpoint of this model says of itself under "ldm": plain data."""
@@ -132,6 +134,9 @@ class Bundle(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write a .safetensors or a .ckpt (torch.save of tensors and plain data), whole or not at all."""
         path, about = Path(path), self.describe()
+        for part in self.modules():
+            if isinstance(part, Vocabulary):
+                part.complete()
         weights = {key: value.detach().cpu().contiguous().clone() for key, value in self.state_dict().items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -149,7 +154,8 @@ class Bundle(nn.Module):
                  sampler: Spec | Callable | None = None, guidance: float | Mapping | None = None, seed: int = 0,
                  size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
                  times: Spec | Sequence[float] | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
-                 batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None) -> Tensor:
+                 batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None,
+                 prompt_weights: bool | None = None, long: Long | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
         Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
@@ -169,6 +175,8 @@ class Bundle(nn.Module):
             batch_size: pictures at a time; None: all.
             indices: numbers of the pictures; None: 0, 1, 2 ...
             tile: side in pixels of the tiles that the autoencoder decodes by, with less memory; None: at once.
+            prompt_weights: whether prompts have weights in them, "(word:1.3)"; long: what becomes of those that are longer than
+                the text encoder's window (``ldm.conditioners.captions.Captions``); None: as the conditioner is set.
 
         Raises:
             UserError: for all that cannot be, such as a size that does not divide, or a text encoder that is another.
@@ -191,7 +199,9 @@ class Bundle(nn.Module):
         self.check_conditioner(guidance["scale"])
         spread = float(torch.hypot(*self.denoiser.process.exact(times[:1].double())))  # of x_T, for data of unit variance
         pictures = []
-        with evaluating(self):
+        if prompt_weights is None:
+            prompt_weights = self.sampling.get("prompt_weights")
+        with evaluating(self), reading(self.conditioner, prompt_weights, long):
             for rows in _parts(n, batch_size):
                 sources = [generator(seed + index) for index in indices[rows]]
                 x = _normal(shape, sources) * spread if x_T is None else x_T[rows].float()

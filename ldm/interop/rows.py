@@ -47,35 +47,44 @@ def interleaved(heads: int, dims: int = 1) -> Change:
     return Change(lambda w: swapped(flat.to_us(w), heads, 3), lambda w: flat.back(swapped(w, 3, heads)))
 
 
-class Row(NamedTuple):
-    """ours: our name; theirs: theirs, several where theirs are stacked along the first axis in ours."""
+TRANSPOSED = Change(lambda w: w.mT, lambda w: w.mT.contiguous())
 
-    ours: str
+
+class Row(NamedTuple):
+    """Tensors of theirs and what they are here. One name on a side with several on the other: those are stacked along the
+    first axis in the one. ``change`` is done to the whole."""
+
+    ours: tuple[str, ...]
     theirs: tuple[str, ...]
     change: Change = SAME
 
 
-def pair(ours: str, theirs: str | tuple[str, ...], names: Iterable[str] = ("weight", "bias"),
+def pair(ours: str | tuple[str, ...], theirs: str | tuple[str, ...], kinds: Iterable[str] = ("weight", "bias"),
          **changes: Change) -> list[Row]:
-    """Rows of a layer's tensors; ``changes``: of those that are not the same in both."""
-    theirs = (theirs,) if isinstance(theirs, str) else theirs
-    return [Row(f"{ours}.{name}", tuple(f"{one}.{name}" for one in theirs), changes.get(name, SAME)) for name in names]
+    """Rows of a layer's tensors, or of several that the other side has as one; ``changes``: of kinds that are not the same
+    in both."""
+    ours, theirs = ((one,) if isinstance(one, str) else one for one in (ours, theirs))
+    return [Row(tuple(f"{name}.{kind}" for name in ours), tuple(f"{name}.{kind}" for name in theirs), changes.get(kind, SAME))
+            for kind in kinds]
 
 
 def existing(rows: Iterable[Row], ours: Iterable[str]) -> list[Row]:
     """The rows of tensors that there are: a table may hold more (a bias that a layer lacks)."""
     ours = set(ours)
-    return [row for row in rows if row.ours in ours]
+    return [row for row in rows if ours.issuperset(row.ours)]
+
+
+def inside(rows: Iterable[Row], prefix: str) -> list[Row]:
+    """The rows of a part of ours whose names begin so."""
+    return [Row(tuple(prefix + name for name in row.ours), row.theirs, row.change) for row in rows]
 
 
 def to_us(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> tensors; rows whose tensors are not all there are left out (see ``check``)."""
+    """Our names -> tensors, views of what was given where that will do; rows whose tensors are not all there are left out."""
     found = {}
     for ours, theirs, change in rows:
-        given = [tensors[name] for name in theirs if name in tensors]
-        if len(given) == len(theirs):
-            changed = [change.to_us(value) for value in given]
-            found[ours] = changed[0] if len(changed) == 1 else torch.cat(changed)
+        if all(name in tensors for name in theirs):
+            found |= _divided(change.to_us(_stacked([tensors[name] for name in theirs])), ours)
     return found
 
 
@@ -83,22 +92,32 @@ def back(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     """Their names -> tensors."""
     found = {}
     for ours, theirs, change in rows:
-        parts = tensors[ours].chunk(len(theirs)) if len(theirs) > 1 else (tensors[ours],)
-        found |= {name: change.back(part) for name, part in zip(theirs, parts, strict=True)}
+        found |= _divided(change.back(_stacked([tensors[name] for name in ours])), theirs)
     return found
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _divided(tensor: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+    if len(names) > 1 and len(tensor) % len(names):
+        raise UserError(f"{names[0]} and {len(names) - 1} more: a tensor of shape {size(tensor)} does not divide into these")
+    return dict(zip(names, tensor.chunk(len(names)) if len(names) > 1 else (tensor,), strict=True))
 
 
 def check(rows: Iterable[Row], tensors: Iterable[str], expected: Mapping[str, Tensor], found: Mapping[str, Tensor],
           origin: str, harmless: Callable[[str], bool] = lambda name: False) -> None:
     """UserError, in one line with counts for each group of names, unless every tensor of the file is in one row and every
     tensor of ours was found in the right shape. ``harmless``: names that are known to mean nothing to a model."""
-    rows, tensors = list(rows), list(tensors)
-    there = {name: row for row in rows for name in row.theirs}
-    missing = [name for name in there if name not in set(tensors)]
+    rows, tensors = list(rows), dict.fromkeys(tensors)
+    there = dict.fromkeys(name for row in rows for name in row.theirs)
+    ours = dict.fromkeys(name for row in rows for name in row.ours)
+    missing = [name for name in there if name not in tensors]
     extra = [name for name in tensors if name not in there and not harmless(name)]
-    shapes = [f"{row.theirs[0]} makes {size(found[row.ours])}, not {size(expected[row.ours])}" for row in rows
-              if row.ours in found and row.ours in expected and found[row.ours].shape != expected[row.ours].shape]
-    unfilled = [name for name in expected if name not in {row.ours for row in rows}]
+    shapes = [f"{row.theirs[0]} makes {size(found[name])}, not {size(expected[name])}" for row in rows for name in row.ours
+              if name in found and name in expected and found[name].shape != expected[name].shape]
+    unfilled = [name for name in expected if name not in ours]
     told = [f"missing {grouped(missing, there)}"] * bool(missing) + [f"unknown {grouped(extra, tensors)}"] * bool(extra)
     told += [f"{len(shapes)} of other shapes ({some(shapes)})"] * bool(shapes)
     told += [f"no counterpart of our {grouped(unfilled, expected)}"] * bool(unfilled)

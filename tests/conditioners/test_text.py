@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.common.files import UserError
+from ldm.conditioners.captions import REPORTED
 from ldm.conditioners.none import Unconditional
-from ldm.conditioners.text import REPORTED, TextConditioner
+from ldm.conditioners.text import TextConditioner
 
 WIDTH = 16
 CAPTIONS = ["a red circle", "two small blue squares on a green field", ""]
@@ -204,7 +205,7 @@ def test_many_cut_captions_do_not_flood_the_log(bert, caplog):
 
 def test_cut_captions_can_be_refused(bert):
     with pytest.raises(UserError, match="more than 8 tokens.*'many'"):
-        TextConditioner(bert, max_length=8, truncate="error").encode(["red blue small circle red blue many"])
+        TextConditioner(bert, max_length=8, long="error").encode(["red blue small circle red blue many"])
 
 
 # ---- options
@@ -217,7 +218,7 @@ def test_cut_captions_can_be_refused(bert):
         ({"layer": [0, -5]}, "layer -5"),
         ({"max_length": 41}, "max_length 41.*3 to 40"),
         ({"dropout": 1.5}, "dropout 1.5"),
-        ({"truncate": "chunk"}, "'report' or 'error'"),
+        ({"long": "chunk"}, "'cut', 'error', 'window'"),
         ({"depth": 1, "heads": 3}, "heads 3: must divide the token width 16"),
         ({"encoder": "/no/such/folder"}, "/no/such/folder: no such folder"),
     ],
