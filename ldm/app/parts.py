@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.app.stages import Stage
 from ldm.bundle import Bundle
@@ -17,7 +17,7 @@ from ldm.callbacks.images import Panel, reconstructions, samples
 from ldm.common.build import build
 from ldm.common.config import Cache, Sampling, section
 from ldm.common.files import UserError
-from ldm.data.loader import make_loader
+from ldm.data.loader import Placed, make_loader
 from ldm.load import load, read
 
 Tell = Callable[[str], None]
@@ -125,6 +125,15 @@ def prompts(stage: Stage) -> list[str]:
     return list(islice(cycle(texts), max(sampling.count, len(sampling.prompts or []))))
 
 
+def shown(stage: Stage) -> dict:
+    """The batch that sheets are drawn for: the captions of ``prompts``, and what else the items of the validation or training
+    data hold, the first ones again and again, as a run would begin with them."""
+    captions, dataset = prompts(stage), stage.validation or stage.train
+    placed = Placed(dataset, stage.seed)
+    batch = default_collate([placed[(i, i % len(dataset))] for i in range(len(captions))])
+    return {key: value for key, value in batch.items() if key not in ("key", "position")} | {"caption": captions}
+
+
 def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell
              ) -> tuple[Dataset, Dataset | None, Callable[[Any], Panel]]:
     """-> training data, validation data, and what sheets show: from caches where the config says so."""
@@ -159,7 +168,10 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
            ) -> tuple[Dataset, Dataset | None, dict]:
     """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
     the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
-    wanted, batch = section(stage.config, Cache), {"caption": prompts(stage)}
+    wanted, batch = section(stage.config, Cache), shown(stage)
+    if wanted.latents and (pictures := getattr(module.conditioner, "encodes", None)):
+        raise UserError(f"cache.latents: the conditioner encodes pictures of the batch ({', '.join(pictures)}), which are not "
+                        "beside latents on disk; set cache.latents: false")
     encodes = getattr(module.conditioner, "encode", None)
     if not (wanted.latents or (wanted.text and encodes)):
         return stage.train, stage.validation, batch

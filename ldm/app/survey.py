@@ -215,9 +215,10 @@ def _parts(module: nn.Module) -> Iterator[Part]:
         elif weights := list(child.parameters()):
             trainable = sum(p.numel() for p in weights if p.requires_grad)
             yield Part(EMA if name == "ema" else name, trainable, sum(p.numel() for p in weights) - trainable)
-        encoder = getattr(child, "encoder", None)
-        if name == "conditioner" and hasattr(encoder, "facts"):
-            yield Part("text encoder", 0, encoder.facts.parameters, stored=False)
+        for part in child.modules() if name == "conditioner" else ():
+            if hasattr(encoder := getattr(part, "encoder", None), "facts"):  # not a submodule
+                reads = "text" if hasattr(part, "encode") else "picture"
+                yield Part(f"{reads} encoder", 0, encoder.facts.parameters, stored=False)
 
 
 def _walk_autoencoder(module: Any, x: Tensor, found: Survey) -> None:
