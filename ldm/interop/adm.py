@@ -19,7 +19,7 @@ from ldm.classifier import NoisyClassifier
 from ldm.common.build import locate
 from ldm.common.files import UserError
 from ldm.interop import adm_words, compvis_unet, names, unet_names
-from ldm.interop.rows import SAME, Row, back, check, existing, pair, squeezed, to_us
+from ldm.interop.rows import SAME, Row, back, check, existing, inside, pair, squeezed, to_us
 
 ORDERS: tuple[unet_names.Order, ...] = ("heads first", "q k v first")  # by use_new_attention_order
 LABEL, LOW, JOIN = (f"ldm.conditioners.{name}" for name in ("label.ClassLabel", "low_resolution.LowResolution", "join.Join"))
@@ -83,10 +83,9 @@ def write(bundle: Bundle, order: unet_names.Order | None = None) -> tuple[dict[s
 
 
 def rows(bundle: Bundle, order: unet_names.Order) -> list[Row]:
-    table = [row._replace(ours=f"denoiser.network.{row.ours}")
-             for row in unet_names.rows(bundle.denoiser.network, "compvis", order=order)]
-    ours = bundle.state_dict()
-    table += [Row(name, ("label_emb.weight",)) for name in ours if name.startswith("conditioner.")]
+    table, ours = unet_names.rows(bundle.denoiser.network, "compvis", order=order), bundle.state_dict()
+    table = inside(table, "denoiser.network.")
+    table += [Row((name,), ("label_emb.weight",)) for name in ours if name.startswith("conditioner.")]
     return existing(table, ours)
 
 
@@ -257,7 +256,7 @@ def classifier_rows(network: nn.Module, order: unet_names.Order) -> list[Row]:
     matrix = {"adaptive": squeezed(2), "attention": squeezed(1)}.get(network.pool, SAME)  # convolutions of size 1 there
     for ours, theirs in HEADS[network.pool].items():
         table += pair(ours, theirs, weight=matrix)
-    table.append(Row("head.positions", ("out.2.positional_embedding",)))
+    table.append(Row(("head.positions",), ("out.2.positional_embedding",)))
     return existing(table, network.state_dict())
 
 
