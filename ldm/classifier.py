@@ -1,6 +1,7 @@
 """A classifier of noisy latents, with the noise that it was trained on: what a checkpoint of one holds, and what guides by it.
 
-    bundle.generate({"class": [3, 5]}, guide=by_classifier(ldm.load.load_classifier(path), scale=2.0, bundle=bundle))
+    guide = by_classifier(load_classifier(path), 2.0, bundle.denoiser.process, bundle.autoencoder)
+    pictures = bundle.generate({"class": [3, 5]}, guide=guide)
 """
 
 from __future__ import annotations
