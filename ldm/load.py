@@ -7,28 +7,31 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.bundle import Bundle
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
-from ldm.interop import compvis, diffusers, pickles
+from ldm.interop import compvis, compvis_models, diffusers, pickles
 
 log = logging.getLogger(__name__)
 
-READ = "read are a .ckpt or .safetensors that this program wrote, a run folder, and autoencoders of CompVis and diffusers"
+READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, Stability and "
+        "diffusers")
+READERS = (compvis_models, compvis, diffusers)  # of other people's files, the most telling names first
 PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages")  # what only training needs
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"lora": "a LoRA, which changes another model and is none by itself",
-    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a CompVis or Stable Diffusion checkpoint",
+    r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
     r"^param_groups$": "an optimizer's state",
@@ -75,8 +78,8 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         config: of a foreign file, the yaml that it was trained with; None: the architecture is read from the shapes.
             Our own files hold theirs, which is used; one given here is compared with it.
         ema: take the averaged weights, if there are any, in place of those that the optimizer moves.
-        dtype: of conditioner and denoiser, as in the file if None. The autoencoder keeps its own, as it overflows in half;
-            foreign ones become float32. It is changed only where it is all that there is.
+        dtype: of conditioner and denoiser, as in the file if None, but float32 in place of float16 on a CPU. The autoencoder
+            keeps its own, as it overflows in half; foreign ones become float32. It is changed only where it is all there is.
         trust: build what the checkpoint's config names even outside of this program and torch, that is, run that code.
 
     Raises:
@@ -94,10 +97,19 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
     _check_autoencoder(found, bundle)
     if found.has_ema:
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
+    device = torch.device(device)
     for part in [bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]:
         if part is not None:
-            part.to(dtype=dtype)
+            part.to(dtype=dtype or _usable(part, device, found.path))
     return bundle.to(device)
+
+
+def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
+    """float32 for weights in float16 on a CPU, which computes with those slowly and coarsely, if at all; None: as they are."""
+    half = device.type == "cpu" and any(p.dtype == torch.float16 for p in part.parameters())
+    if half:
+        log.info("%s: float16 weights become float32 on the CPU", path)
+    return torch.float32 if half else None
 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
@@ -106,15 +118,15 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
     about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     tensors = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
     if about is None:
-        readers = [reader for reader in (compvis, diffusers) if reader.holds_autoencoder(tensors)]
-        if not readers:
+        reader = _reader(tensors)
+        if reader is None:
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
         tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
         beside = file.parent / diffusers.CONFIG
-        if config is None and readers[0] is diffusers and beside.is_file():
+        if config is None and reader is diffusers and beside.is_file():
             config = diffusers.read_config(beside)
         given = config if config is None or isinstance(config, Mapping) else configs.load([config])
-        return Checkpoint(file, *readers[0].read(tensors, plain(given), str(file)), step, foreign=True)
+        return Checkpoint(file, *reader.read(tensors, plain(given), str(file)), step, foreign=True)
     if about.get("kind") not in ("diffusion", "autoencoder") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
@@ -175,7 +187,7 @@ def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]
     state = saved.get("state_dict", saved)
     state = state if isinstance(state, dict) else {}
     tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
-    if refused and ("ldm" in saved or not compvis.holds_autoencoder(tensors)):
+    if refused and ("ldm" in saved or _reader(tensors) is None):
         raise UserError(f"{file}: holds more than tensors and plain data ({refused}), which could run code and "
                         f"is not read; {READ}")
     return saved.get("ldm"), tensors, saved.get("global_step")
@@ -187,6 +199,11 @@ def _without_the_rest(file: Path) -> object:
         return pickles.read(file)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
+
+
+def _reader(keys: Iterable[str]) -> ModuleType | None:
+    """Who reads files with tensors of these names."""
+    return next((reader for reader in READERS if reader.holds(keys)), None)
 
 
 def _head(file: Path) -> bytes:

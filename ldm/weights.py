@@ -112,7 +112,7 @@ class VLB(Weight):
         raise ValueError("weight 'vlb' depends on the step before: take VLB().at(process, t), as diffusion_loss does")
 
     def at(self, process: Process, t: Tensor) -> Weight:
-        return _Given(_bound(process, t.detach().cpu().double()).to(t))
+        return _Given(_bound(process, t.detach().cpu().double()))
 
 
 class _Given(Weight):

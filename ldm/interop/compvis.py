@@ -32,7 +32,7 @@ FIRST_STAGE = "first_stage_model."  # what its names begin with inside a diffusi
 NEEDED = ("ch", "num_res_blocks", "z_channels", "in_channels", "out_ch", "resolution")
 
 
-def holds_autoencoder(keys: Iterable[str], prefix: str = "") -> bool:
+def holds(keys: Iterable[str], prefix: str = "") -> bool:
     """Whether these names are those of such an autoencoder."""
     return any(re.match(rf"{re.escape(prefix)}(encoder\.down|decoder\.up)\.\d", key) for key in keys)
 

@@ -29,7 +29,7 @@ BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True,  # -> whe
 FIXED = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}  # what there is no other of
 
 
-def holds_autoencoder(keys: Iterable[str]) -> bool:
+def holds(keys: Iterable[str]) -> bool:
     """Whether these names are those of an autoencoder of diffusers."""
     return any(re.match(r"(encoder\.down_blocks|decoder\.up_blocks)\.\d", key) for key in keys)
 

@@ -11,6 +11,7 @@ from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.common.weights import compare
 from ldm.interop import names
+from ldm.interop.rows import SAME, Change, Row, pair
 
 BOTTLENECKS = ("autoencoder.bottlenecks.KL", "autoencoder.bottlenecks.VQ")
 
@@ -19,6 +20,24 @@ def about(block: Mapping, layout: str) -> dict:
     """What a checkpoint of ours with this autoencoder says of itself."""
     config = {"model": {"target": "autoencoder.lit.AutoencoderModule", "params": {"autoencoder": dict(block)}}}
     return {"kind": "autoencoder", "config": config, "layout": layout}
+
+
+MATRIX = Change(lambda w: w[..., None, None] if w.ndim == 2 else w, lambda w: w.flatten(1))  # there; here a 1x1 convolution
+CONVOLUTION = Change(MATRIX.to_us, lambda w: w)
+
+
+def autoencoder_rows(block: Mapping, layout: str, prefix: str = "") -> list[Row]:
+    """The table of the autoencoder that ``block`` describes, for every tensor that may exist (see ``rows.existing``)."""
+    if block["target"] != names.CONVOLUTIONAL:
+        return []
+    rows = [Row(("bottleneck.codebook",), (f"{prefix}quantize.embedding.weight",))]
+    for layer in names.layers(names.Layout.of(block)):
+        for inner, theirs in layer.inside.items():
+            theirs = names.inner(layer, inner, layout, prefix)
+            attends = layer.inside in names.ATTENTION.values() and inner != "norm"
+            change = SAME if not attends else MATRIX if layout == "diffusers" else CONVOLUTION
+            rows += pair(f"{layer.ours}.{inner}" if inner else layer.ours, theirs, weight=change)
+    return rows
 
 
 def translated(block: Mapping, layout: str, tensors: Mapping[str, Tensor], origin: str, prefix: str = "") -> dict[str, Tensor]:

@@ -112,18 +112,22 @@ def _blocks(ours: str, compvis: str, diffusers: str, k: int, count: int, attenti
             k += 1
 
 
+def inner(layer: Layer, name: str, layout: str, prefix: str = "") -> str:
+    """What "compvis" or "diffusers" calls a part of a layer."""
+    theirs = layer.inside[name][("compvis", "diffusers").index(layout)]
+    if theirs is None:
+        raise UserError(f"attention_kind: linear; there is no such layer in the layout of {layout}")
+    return prefix + ".".join(part for part in (getattr(layer, layout), theirs) if part)
+
+
 def table(at: Layout, layout: str, prefix: str = "") -> dict[str, str]:
     """Our name -> the name in "compvis" or "diffusers", for every weight that may exist; ``prefix`` stands before theirs."""
     found = {"bottleneck.codebook": f"{prefix}quantize.embedding.weight"}
     for layer in layers(at):
-        theirs = getattr(layer, layout)
-        for inner, (compvis, diffusers) in layer.inside.items():
-            name = compvis if layout == "compvis" else diffusers
-            if name is None:
-                raise UserError(f"attention_kind: linear; there is no such layer in the layout of {layout}")
+        for name in layer.inside:
             for kind in ("weight", "bias"):
-                ours = ".".join(part for part in (layer.ours, inner, kind) if part)
-                found[ours] = prefix + ".".join(part for part in (theirs, name, kind) if part)
+                ours = ".".join(part for part in (layer.ours, name, kind) if part)
+                found[ours] = f"{inner(layer, name, layout, prefix)}.{kind}"
     return found
 
 

@@ -179,7 +179,7 @@ def test_inside_a_diffusion_models_checkpoint():
         "channels": 4, "scale_factor": 0.2, "first_stage_config": config["model"]}}}  # fmt: skip
     whole = {"model.diffusion_model.out.2.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1),
              **{compvis.FIRST_STAGE + key: value for key, value in weights.items()}}  # fmt: skip
-    assert compvis.holds_autoencoder(whole, compvis.FIRST_STAGE) and not compvis.holds_autoencoder(whole)
+    assert compvis.holds(whole, compvis.FIRST_STAGE) and not compvis.holds(whole)
     for given in (around, None):
         about, tensors = compvis.read(whole, given, "x", compvis.FIRST_STAGE)
         assert about["kind"] == "autoencoder"
