@@ -76,7 +76,7 @@ class Bundle(nn.Module):
             raise UserError(f"autoencoder: a checkpoint's config holds it as a block (target, params), got {block!r}")
         autoencoder = without_weights(lambda: build(block, allowed=allowed))
         conditioner = denoiser = None
-        if config.get("autoencoder"):
+        if config.get("autoencoder") and "classifier" not in params:  # a classifier's checkpoint has its autoencoder alone
             if params.get("conditioner") is not None:
                 conditioner = without_weights(lambda: build(params["conditioner"], allowed=allowed))
             process = build(params["process"], allowed=allowed) if params.get("process") else RectifiedFlow()

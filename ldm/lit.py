@@ -27,10 +27,80 @@ from ldm.weights import Uncertainty, Weight
 QUARTILES = 4
 
 
-class DiffusionModule(pl.LightningModule):
-    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
+class OnLatents(pl.LightningModule):
+    """What every training on the latents of a frozen autoencoder has in common. ``model`` (ModuleDict) is what is trained,
+    and averaged where ``ema_decay`` is given. With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``),
+    which main.py adds. All randomness follows from the batch's "position" (B,), the samples' places in the run."""
 
-    With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``), which main.py adds.
+    def __init__(self, autoencoder: Autoencoder, model: dict[str, nn.Module], optimizer: Block, schedule: Block | None,
+                 latents: Literal["sample", "mode"], statistics: Literal["check", "measure", "force"],
+                 ema_decay: float | HalfLife | Power | None, snapshots: Snapshots | None, seed: int):
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.model = nn.ModuleDict(model)
+        self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
+        self.snapshots, self.averages = snapshots, None if snapshots is None else snapshots.averages(self.model)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.latents, self.statistics, self.seed = latents, statistics, seed
+        self.images_seen = 0  # by all processes together
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer steps."""
+        return nn.ModuleDict({"model": self.model})
+
+    @torch.no_grad()
+    def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
+        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
+        with torch.autocast(self.device.type, enabled=False):
+            if "latent" in batch:
+                mean, std = batch["latent"].float(), batch.get("latent_std")
+            else:
+                mean, std = self.autoencoder.posterior(batch["image"].float())
+        if std is None or self.latents == "mode":
+            return mean
+        return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the autoencoder's statistics are to be measured before training. A shift and scale that were set by hand
+        (the table of published autoencoders) count as known, though their pictures were not counted."""
+        spec = self.autoencoder.spec
+        by_hand = bool(spec.shift.any() or (spec.scale != 1).any())
+        return self.statistics == "measure" or (self.statistics == "check" and not spec.count and not by_hand)
+
+    def verify(self, batches: Iterable[dict], data_hash: str | None = None) -> Spread:
+        """The spread of the latents that training will see of these batches (on each rank its own; all have to call).
+        UserError where it is not about 1, unless ``statistics`` is "force". data_hash: of the data set."""
+        device = self.autoencoder.shift.device
+        on_device = ({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+                     for batch in batches)  # fmt: skip
+        found = spread(self.latent(batch, batch["position"].tolist(), "posterior") for batch in on_device)
+        check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
+        return found
+
+    def configure_optimizers(self) -> dict:
+        optimizer = make_optimizer(self.optimizer, self.trained)
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        return {"optimizer": optimizer,
+                "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
+
+    def train(self, mode: bool = True) -> OnLatents:
+        super().train(mode)
+        for frozen in (self.autoencoder, self.ema, self.averages):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.images_seen = checkpoint["images_seen"]
+
+
+class DiffusionModule(OnLatents):
+    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
 
     A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
     "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
@@ -71,21 +141,17 @@ class DiffusionModule(pl.LightningModule):
                  statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
                  seed: int = 23, sampling: dict | None = None):
-        super().__init__()
-        self.autoencoder = autoencoder.requires_grad_(False).eval()
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
                                   variance=variance, self_conditioning=self_conditioning)
-        self.model = nn.ModuleDict({"denoiser": denoiser})
-        if conditioner is not None:
-            self.model["conditioner"] = conditioner
-        self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
-        self.snapshots, self.averages = snapshots, None if snapshots is None else snapshots.averages(self.model)
+        model = {"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner})
+        super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
         self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
         self.loss.attach(denoiser.process, variance)
-        self.optimizer, self.schedule = optimizer, schedule
-        self.latents, self.statistics = latents, statistics
-        self.seed, self.sampling = seed, dict(sampling or {})
-        self.images_seen = 0  # by all processes together
+        self.sampling = dict(sampling or {})
+
+    @property
+    def trained(self) -> nn.Module:
+        return nn.ModuleDict({"model": self.model, "loss": self.loss})
 
     @property
     def conditioner(self) -> nn.Module | None:
@@ -128,36 +194,6 @@ class DiffusionModule(pl.LightningModule):
                 self.log(f"{name}_q{quarter + 1}", losses[-1], batch_size=len(z), sync_dist=True)
             self.log(name, torch.stack(losses).mean(), batch_size=len(z), sync_dist=True)
 
-    @torch.no_grad()
-    def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
-        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
-        with torch.autocast(self.device.type, enabled=False):
-            if "latent" in batch:
-                mean, std = batch["latent"].float(), batch.get("latent_std")
-            else:
-                mean, std = self.autoencoder.posterior(batch["image"].float())
-        if std is None or self.latents == "mode":
-            return mean
-        return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
-
-    @property
-    def measures(self) -> bool:
-        """Whether the autoencoder's statistics are to be measured before training. A shift and scale that were set by hand
-        (the table of published autoencoders) count as known, though their pictures were not counted."""
-        spec = self.autoencoder.spec
-        by_hand = bool(spec.shift.any() or (spec.scale != 1).any())
-        return self.statistics == "measure" or (self.statistics == "check" and not spec.count and not by_hand)
-
-    def verify(self, batches: Iterable[dict], data_hash: str | None = None) -> Spread:
-        """The spread of the latents that training will see of these batches (on each rank its own; all have to call).
-        UserError where it is not about 1, unless ``statistics`` is "force". data_hash: of the data set."""
-        device = self.autoencoder.shift.device
-        on_device = ({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-                     for batch in batches)  # fmt: skip
-        found = spread(self.latent(batch, batch["position"].tolist(), "posterior") for batch in on_device)
-        check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
-        return found
-
     def condition(self, model: nn.ModuleDict, batch: dict, z: Tensor, draw: Draw | None = None) -> Cond:
         """The condition of latents z (B,C,h,w); with ``draw`` some of it is dropped, as the conditioner says."""
         conditioner = _conditioner(model)
@@ -165,25 +201,6 @@ class DiffusionModule(pl.LightningModule):
             return Cond()
         batch = encoded(conditioner, self.autoencoder, batch, z.shape[2:])
         return conditioner(batch) if draw is None else conditioner.with_dropout(batch, draw)
-
-    def configure_optimizers(self) -> dict:
-        optimizer = make_optimizer(self.optimizer, nn.ModuleDict({"model": self.model, "loss": self.loss}))
-        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        return {"optimizer": optimizer,
-                "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
-
-    def train(self, mode: bool = True) -> DiffusionModule:
-        super().train(mode)
-        for frozen in (self.autoencoder, self.ema, self.averages):
-            if frozen is not None:
-                frozen.eval()
-        return self
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["images_seen"] = self.images_seen
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.images_seen = checkpoint["images_seen"]
 
 
 def _conditioner(model: nn.ModuleDict) -> nn.Module | None:
