@@ -129,6 +129,8 @@ class Bundle(nn.Module):
         block = getattr(self.denoiser and self.denoiser.process, "block", None)
         if block is not None:
             config["model"]["params"]["process"] = block
+        if self.conditioner is not None:
+            config["model"]["params"]["conditioner"] = _rebuilt(config["model"]["params"]["conditioner"], self.conditioner)
         return config
 
     def save(self, path: str | Path) -> None:
@@ -293,6 +295,15 @@ class Bundle(nn.Module):
             log.warning("guidance %g: this model was trained without caption dropout and knows no empty prompt to "
                         "compare with; guidance 1 is what it was trained for", guidance)
             self._warned = True
+
+
+def _rebuilt(block: dict, part: nn.Module) -> dict:
+    """The block of a conditioner, or of one of several in it, that builds it without the file that it came from."""
+    own, parts = getattr(part, "block", None), getattr(part, "parts", None)
+    if own is not None or parts is None:
+        return block if own is None else own
+    params = block["params"]
+    return {**block, "params": params | {"parts": [_rebuilt(*each) for each in zip(params["parts"], parts, strict=True)]}}
 
 
 def check_size(height: int, width: int, factor: int, multiple: int) -> None:

@@ -17,6 +17,8 @@ from ldm.callbacks.images import Panel, reconstructions, samples
 from ldm.common.build import build
 from ldm.common.config import Cache, Sampling, section
 from ldm.common.files import UserError
+from ldm.conditioners.captions import STORED
+from ldm.conditioners.prompts import reading
 from ldm.data.loader import Placed, make_loader
 from ldm.load import load, read
 
@@ -172,7 +174,10 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
     if wanted.latents and (pictures := getattr(module.conditioner, "encodes", None)):
         raise UserError(f"cache.latents: the conditioner encodes pictures of the batch ({', '.join(pictures)}), which are not "
                         "beside latents on disk; set cache.latents: false")
-    encodes = getattr(module.conditioner, "encode", None)
+    key = getattr(module.conditioner, "states_hash", None)
+    encodes = module.conditioner.encode if key else None
+    if wanted.text and not key and hasattr(module.conditioner, "encode"):
+        tell(f"{stage.label}: text states are not kept: what makes them is trained")
     if not (wanted.latents or (wanted.text and encodes)):
         return stage.train, stage.validation, batch
     disk = import_module("autoencoder.cached")  # by name: ldm knows no concrete part of stage 1
@@ -185,15 +190,15 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
             latents = disk.write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
                                     progress=_pace(tell, f"{stage.label}: latents"))  # fmt: skip
         if wanted.text and encodes:
-            texts = disk.write_text(dataset, encodes, module.conditioner.encoder_hash, root,
+            texts = disk.write_text(dataset, encodes, key, root,
                                progress=_pace(tell, f"{stage.label}: text states"))  # fmt: skip
         return disk.CachedDataset(dataset, latents, texts)
 
     tell(f"{stage.label}: what is computed once ({' and '.join(_names(wanted))}) is kept in {root}")
     train, validation = stored(stage.train), None if stage.validation is None else stored(stage.validation)
     if wanted.text and encodes:
-        states, mask = encodes(batch["caption"])
-        batch |= {"text_states": states, "text_mask": mask}
+        with reading(module.conditioner, stage.sampling.get("prompt_weights")):
+            batch |= dict(zip(STORED, encodes(batch["caption"]), strict=False))
         conditioners = [part for part in module.modules() if hasattr(part, "null_states")]  # the averaged one as well
         for part in conditioners:
             part.null_states()  # guidance compares with it

@@ -1,4 +1,4 @@
-"""LDM's own text encoder, trained with the diffusion model (2112.10752, section 4.3.1): a transformer over BERT's word pieces."""
+"""LDM's own text encoder (2112.10752, section 4.3.1): a transformer over BERT's word pieces, trained with the rest."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ class Captions(Conditioner):
 
     Args:
         max_length: L, tokens that the encoder reads at once.
-        long: of a caption of more tokens, "cut" reads the first L and logs what is not read, "error" refuses it, and "window" reads
-            all of it, L tokens at a time, cut between words; the states of the windows follow one another. In a batch, and
-            beside its null, those with fewer windows end in tokens that the mask hides.
+        long: of a caption of more tokens, "cut" reads the first L and logs what is not read, "error" refuses it, and "window"
+            reads all of it, L tokens at a time, cut between words; the states of the windows follow one another. In a batch,
+            and beside its null, those with fewer windows end in tokens that the mask hides.
         prompt_weights: captions may have weights in them, "(word:1.3)"; see ``ldm.conditioners.prompts``.
         keep_padding: every window has L tokens and padding counts as text, as Stable Diffusion was trained; else padding is
             hidden by the mask and makes no difference.
@@ -71,8 +71,8 @@ class Captions(Conditioner):
         return self(batch), self({"caption": batch["negative_caption"]})
 
     def encode(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, ...]:
-        """-> states (B,L,D0), zero at padding; mask (B,L) True where real; and a vector (B,E) if the kind gives one, of the first
-        window. Without kept padding, L is the longest window's, rounded up to MULTIPLE."""
+        """-> states (B,L,D0), zero at padding; mask (B,L) True where real; and a vector (B,E) if the kind gives one, of the
+        first window. Without kept padding, L is the longest window's, rounded up to MULTIPLE."""
         ids, mask, weights = self._read(captions)
         exists = mask.any(dim=-1)  # (B,N)
         if self.keep_padding:
@@ -133,11 +133,11 @@ class Captions(Conditioner):
 
     def _report(self, captions: Sequence[str], unread: Sequence[str]) -> None:
         for caption, words in zip(captions, unread, strict=True):
+            message = f"caption {caption[:60]!r}... has more than {self.max_length} tokens; not read: {words!r}"
+            if words and self.long == "error":
+                raise UserError(message)
             if not words or caption in self.cut:
                 continue
-            message = f"caption {caption[:60]!r}... has more than {self.max_length} tokens; not read: {words!r}"
-            if self.long == "error":
-                raise UserError(message)
             self.cut_count += 1
             if self.cut_count <= REPORTED:
                 self.cut[caption] = words
@@ -192,8 +192,8 @@ class OwnText(Captions):
             made = Tokenizer(backend, self.max_length, self.pad, CLEANINGS[self.clean])
             size, count = self.transformer.token.num_embeddings, backend.get_vocab_size()
             if (made.before, made.after) != ([self.start], [self.end]) or count > size:
-                raise UserError(f"{type(self).__name__}: a vocabulary of {count} that puts {made.before} and {made.after} around a "
-                                f"text is not that of this model, of {size} with start {self.start} and end {self.end}")  # fmt: skip
+                raise UserError(f"{type(self).__name__}: a vocabulary of {count} with {made.before} before a text and "
+                                f"{made.after} after it is not this model's, of {size} with {self.start} and {self.end}")
             self._made = backend, made
         return self._made[1]
 
@@ -243,5 +243,6 @@ class OwnText(Captions):
         if self.trained:
             return None
         _ = self.vocabulary.name and self.vocabulary.tokenizer  # in the state dict from now on
-        choices = [self.max_length, self.keep_padding, self.start, self.end, self.pad, self.clean, self.long, self.prompt_weights]
-        return digest({name: content(value) for name, value in self.state_dict().items()}, choices, self.settings)
+        weights = {name: content(value) for name, value in self.state_dict().items()}
+        return digest(weights, self.start, self.end, self.pad, self.clean, self.settings, self.max_length, self.keep_padding,
+                      self.long, self.prompt_weights)

@@ -21,9 +21,9 @@ PLAIN = {
 
 
 def open_clip(text: str) -> str:
-    """As open_clip and OpenAI's CLIP clean: HTML entities, ligatures, wide letters and curled quotes become the plain characters
-    that they stand for, control characters go, letters are small. Those two also repair text that was decoded wrongly
-    ("schÃ¶n"); this does not."""
+    """As open_clip and OpenAI's CLIP clean: HTML entities, ligatures, wide letters and curled quotes become the plain
+    characters that they stand for, control characters go, letters are small. Those two also repair text that was decoded
+    wrongly ("schÃ¶n"); this does not."""
     before = None
     while text != before:
         before = text

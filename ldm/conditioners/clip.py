@@ -20,22 +20,23 @@ Pooled = Literal["state", "projected"]
 class ClipText(OwnText):
     """Captions -> Cond(tokens (B,77,width), vector (B,E) where it is asked for).
 
-    Each token is read with those before it in view, padding included: there is no mask, and none in the Cond but for captions of
-    several windows.
+    Each token is read with those before it in view, padding included: there is no mask, and none in the Cond but for captions
+    of several windows.
 
     Args:
         vocab_size, width, layers, heads, mlp, max_length, activation: sizes; heads None: width / 64; mlp None: 4 width.
-        layer: whose states are the tokens, as transformers counts: 0 the embeddings, i the output of block i, -1 the last, -2 the
-            one before (SD 2; clip_skip 1 of diffusers is -2, clip_skip k is -1 - k).
+        layer: whose states are the tokens, as transformers counts: 0 the embeddings, i the output of block i, -1 the last, -2
+            the one before (SD 2; clip_skip 1 of diffusers is -2, clip_skip k is -1 - k).
         final_norm: the encoder's last LayerNorm is applied to that state, whichever it is (SD 1 and 2, not XL).
-        pooled: a vector for the whole caption: the last block's state, after the final norm, where the caption ends, as it is or
-            projected to where CLIP compares texts with images (SDXL). Of captions of several windows, that of the first.
+        pooled: a vector for the whole caption: the last block's state, after the final norm, where the caption ends, as it is
+            or projected to where CLIP compares texts with images (SDXL). Of captions of several windows, that of the first.
         projection: width of that projection; it is kept in the model where a checkpoint has it, used or not.
         logit_scale: keep CLIP's temperature, a number without use here, for checkpoints that have it.
-        start, end, pad: ids before, after a caption, and after that; None: the last but one, the last, the end's. OpenCLIP pads with 0.
+        start, end, pad: ids before a caption, after it, and after that; None: the last but one, the last, the end's. OpenCLIP
+            pads with 0.
         zero_null: the empty caption, which guidance compares with, is all zeros (SDXL).
-        vocabulary: where the tokenizer is: "clip", a folder, a model hub id (``ldm.conditioners.vocabulary``); it is saved with
-            the model. None: conditions are token ids.
+        vocabulary: where the tokenizer is: "clip", a folder, a model hub id (``ldm.conditioners.vocabulary``); it is saved
+            with the model. None: conditions are token ids.
         clean: what is done to captions first: "none", as transformers' tokenizer, or "open_clip".
         trainable: what the condition depends on is trained too; else all of it is frozen.
         keep_padding, long, prompt_weights, dropout: see ``ldm.conditioners.captions.Captions``.
@@ -59,8 +60,8 @@ class ClipText(OwnText):
         transformer = TextTransformer(vocab_size, max_length, width, layers, heads, width // heads, mlp or 4 * width, bias=True,
                                       activation=activation, causal=True)  # fmt: skip
         super().__init__(transformer, vocabulary, vocab_size - 2 if start is None else start, end, end if pad is None else pad,
-                         clean, [heads, activation, layer % (layers + 1), final_norm, pooled], long=long, prompt_weights=prompt_weights,
-                         keep_padding=keep_padding, dropout=dropout)  # fmt: skip
+                         clean, [heads, activation, layer % (layers + 1), final_norm, pooled], long=long,
+                         prompt_weights=prompt_weights, keep_padding=keep_padding, dropout=dropout)  # fmt: skip
         self.projection = nn.Linear(width, projection, bias=False) if projection else None
         self.logit_scale = nn.Parameter(torch.full((), 100.0).log()) if logit_scale else None
         self.layer, self.final_norm, self.pooled, self.zero_null = layer % (layers + 1), final_norm, pooled, zero_null

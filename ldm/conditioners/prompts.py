@@ -24,7 +24,7 @@ NUMBER = re.compile(r":\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*$")
 
 
 def parse(prompt: str) -> list[tuple[str, float]]:
-    """The pieces of a prompt, syntax removed, each with its weight: "a (red:1.5) fox" -> [("a ", 1), ("red", 1.5), (" fox", 1)]."""
+    """A prompt's pieces, syntax removed, each with its weight: "a (red:1.5) fox" -> [("a ", 1), ("red", 1.5), (" fox", 1)]."""
     if not any(character in SYNTAX for character in prompt):
         return [(prompt, 1.0)]
     starts, ends = _brackets(prompt)

@@ -1,7 +1,7 @@
 """Texts -> windows of token ids, by any tokenizer of the `tokenizers` library.
 
-A window is what an encoder reads at once: L tokens, the special ones around the text included, then padding. Offsets of tokens tell
-where words begin, which of them have a weight, and which are not read.
+A window is what an encoder reads at once: L tokens, the special ones around the text included, then padding. Offsets of
+tokens tell where words begin, which of them have a weight, and which are not read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Tokenizer:
         self.backend, self.length, self.pad, self.clean = type(backend).from_str(backend.to_str()), length, pad, clean
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.before, self.after = _special(self.backend)  # ids around every text
+        self.before, self.after = specials(self.backend)  # ids around every text
         self.room = length - len(self.before) - len(self.after)
         if self.room < 1:
             raise UserError(f"max_length {length}: the tokenizer puts {length - self.room} tokens around a text")
@@ -119,7 +119,7 @@ def _unread(text: str, offsets: Sequence[tuple[int, int]], read: int) -> str:
     return text[end:].strip()
 
 
-def _special(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+def specials(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """ids that the tokenizer puts before and after a text; where every text is nothing to it, the last one stands after."""
     for probe in PROBES:
         encoding = backend.encode(probe)

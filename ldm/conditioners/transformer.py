@@ -1,4 +1,4 @@
-"""The transformer that reads token ids: CLIP's (2103.00020) and LDM's BERT-like one (2112.10752, section 3.3) are two settings of it.
+"""The transformer that reads token ids: CLIP's (2103.00020) and LDM's BERT-like one (2112.10752) are two settings of it.
 
     x_0 = token[ids] + position          x_i = h_i + mlp(norm(h_i)),  h_i = x_{i-1} + attention(norm(x_{i-1}))
 """

@@ -1,7 +1,7 @@
 """Tokenizers: where their files are, and how they travel with a model.
 
-    "clip", "bert"     the vocabularies of all published CLIPs and of bert-base-uncased: from an installed package that carries them,
-                       else from the model hub
+    "clip", "bert"     the vocabularies of all published CLIPs and of bert-base-uncased: from an installed package that
+                       carries them, else from the model hub
     a folder           with tokenizer.json, or vocab.json and merges.txt (CLIP's kind), or vocab.txt (BERT's kind)
     a model hub id     such a folder there: from the hub's cache, else downloaded
 """
@@ -133,8 +133,8 @@ def _merges(lines: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _clip_list(file: Path) -> Tokenizer:
-    """CLIP's vocabulary from the list of merges that it was published as. ids: the 256 bytes, the same at the end of a word, what
-    the merges make in their order, start, end."""
+    """CLIP's vocabulary from the list of merges that it was published as. ids: the 256 bytes, the same at the end of a word,
+    what the merges make in their order, start, end."""
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         merges = _merges(lines.read().split("\n")[1 : 1 + MERGES])
     letters = _byte_letters()
@@ -148,7 +148,8 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
-def clip_tokenizer(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], start: str = START, end: str = END) -> Tokenizer:
+def clip_tokenizer(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], start: str = START, end: str = END
+                   ) -> Tokenizer:
     """CLIP's byte-pair encoding (2103.00020, section 2.4): lower case, spaces only divide words, every digit is a word."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -182,10 +183,10 @@ def bert_tokenizer(vocabulary: Mapping[str, int], lowercase: bool = True) -> Tok
 class Vocabulary(nn.Module):
     """A tokenizer as part of a model's weights, so that a checkpoint needs no other file.
 
-    It is the text of a tokenizer.json as bytes (uint8) in a buffer: 49,408 words are too many for a config, which people read, and
-    the buffer is mapped into memory, copied and hashed as weights are. Uncompressed: the same text is the same bytes on every
-    machine, and 2 MB are little beside the encoder. Its length is whatever the weights bring; without it, and before weights are
-    there, the module has a name alone, by which the tokenizer is found when it is asked for.
+    It is the text of a tokenizer.json as bytes (uint8) in a buffer: 49,408 words are too many for a config, which people read,
+    and the buffer is mapped into memory and copied as weights are. Uncompressed: the same text is the same bytes on every
+    machine, and 2 MB are little beside the encoder. Its length is whatever the weights bring; without it, and before weights
+    are there, the module has a name alone, by which the tokenizer is found when it is asked for.
 
     Args:
         name: see this file's head; None: there is none, and conditions are given as token ids.
@@ -204,11 +205,12 @@ class Vocabulary(nn.Module):
             except UserError:  # the weights may bring it; whoever needs it before that asks again, and is told
                 pass
 
-    def hold(self, tokenizer: Tokenizer) -> None:
-        """Take this tokenizer."""
+    def hold(self, tokenizer: Tokenizer) -> Tensor:
+        """Take this tokenizer. -> what is stored of it."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.text = torch.frombuffer(bytearray(tokenizer.to_str().encode()), dtype=torch.uint8)
+        return self.text
 
     def complete(self) -> None:
         """Take the tokenizer of that name, before the weights are saved."""

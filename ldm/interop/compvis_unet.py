@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from ldm.common.build import near
 from ldm.common.files import UserError
@@ -66,3 +69,50 @@ def block_of(unet: Mapping, origin: str) -> dict:
 
 def _number(given: object) -> int | None:
     return None if given in (None, -1) else int(given)
+
+
+def params_of(network: nn.Module, params: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None,
+              vector_dim: int | None) -> dict:
+    """The params of a UNetModel for a network that was built from these params (all of them, defaults too).
+
+    Raises:
+        UserError: where there is no such network there.
+    """
+    for name, value in (("patch_size", 1), ("qk_norm", False), ("ff_mult", 4), ("time_channels", None)):
+        if params[name] != value:
+            raise UserError(f"CompVis has no UNet with {name}: {params[name]!r}, only {value!r}")
+    groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
+    if groups != {GROUPS}:
+        raise UserError(f"CompVis' UNets have {GROUPS} groups in every normalisation, this one {sorted(groups)}: train with "
+                        f"network.params.groups: {GROUPS}")
+    mult, depths, middle = list(params["channel_mult"]), list(params["transformer_depth"]), network.middle[0].attention
+    if mult[0] != 1 or middle is None:
+        raise UserError(f"CompVis has no UNet with channel_mult that begins with {mult[0]}, only 1" if mult[0] != 1 else
+                        "CompVis has no UNet without attention in the middle")
+    found = {theirs: params[ours] for theirs, ours in SAME.items() if theirs not in DEFAULTS or params[ours] != DEFAULTS[theirs]}
+    found |= {"image_size": 32, "in_channels": in_channels, "out_channels": out_channels, "channel_mult": mult,
+              "attention_resolutions": [2**level for level, depth in enumerate(depths) if depth]}  # fmt: skip
+    text = params["attention"] == "transformer"
+    if params["head_channels"]:
+        found["num_head_channels"] = params["head_channels"]
+    elif isinstance(params["num_heads"], (list, tuple)) and len(set(params["num_heads"])) > 1:
+        raise UserError(f"CompVis has no UNet with num_heads {list(params['num_heads'])}: one number for all levels, or head_channels")
+    else:
+        heads = params["num_heads"]
+        found["num_heads"] = heads[0] if isinstance(heads, (list, tuple)) else heads
+    if text:
+        depth, inside = len(middle.blocks), {each for each in depths if each}
+        found |= {"use_spatial_transformer": True, "context_dim": context_dim, "legacy": False,
+                  "transformer_depth": depth if inside <= {depth} else [each or 1 for each in depths]}  # fmt: skip
+        if not inside <= {depth}:
+            found["transformer_depth_middle"] = depth
+    if params["up_heads"]:
+        found["num_heads_upsample"] = params["up_heads"]
+    if params["cross_only"]:
+        found["disable_self_attentions"] = list(params["cross_only"])
+    if params["middle_cross_only"]:
+        found["disable_middle_self_attn"] = True
+    if vector_dim is not None and params["vector"] != "add":
+        found |= {"mlp": {"num_classes": "sequential", "adm_in_channels": vector_dim}, "linear": {"num_classes": "continuous"}}[
+            params["vector"]]
+    return found

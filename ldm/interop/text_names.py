@@ -41,8 +41,8 @@ class Found(NamedTuple):
 
 
 def hf_clip(layers: int, prefix: str = "", wrapped: bool = True, projection: bool = False) -> list[Row]:
-    """transformers' CLIPTextModel, or CLIPTextModelWithProjection. ``wrapped``: its names have "text_model." in them, as all had
-    before transformers 5."""
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection. ``wrapped``: its names have "text_model." in them, as all
+    had before transformers 5."""
     inside = {"norm1": "layer_norm1", "norm2": "layer_norm2", "q": "self_attn.q_proj", "k": "self_attn.k_proj",
               "v": "self_attn.v_proj", "out": "self_attn.out_proj", "up": "mlp.fc1", "down": "mlp.fc2"}  # fmt: skip
     at = f"{prefix}text_model." if wrapped else prefix
@@ -56,8 +56,7 @@ def hf_clip(layers: int, prefix: str = "", wrapped: bool = True, projection: boo
 
 
 def open_clip(layers: int, prefix: str = "", projection: bool = True, logit_scale: bool = True) -> list[Row]:
-    """OpenCLIP's text tower, and OpenAI's: q, k, v are one layer, and the projection is a matrix that is multiplied from the
-    right."""
+    """OpenCLIP's text tower, and OpenAI's: q, k, v are one layer, and the projection is a matrix on the right."""
     inside = {"norm1": "ln_1", "norm2": "ln_2", "out": "attn.out_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
     rows = [Row(("transformer.token.weight",), f"{prefix}token_embedding.weight"),
             Row(("transformer.position",), f"{prefix}positional_embedding"),
