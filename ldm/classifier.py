@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
@@ -44,25 +45,34 @@ class NoisyClassifier(nn.Module):
         return cls(network, build(about["process"], allowed=allowed), about).eval()
 
     def assign(self, weights: Mapping[str, Tensor], origin: str = "weights") -> NoisyClassifier:
-        """Take these tensors, by the network's names, as the weights. UserError where names or shapes differ."""
-        if problems := compare(self.network.state_dict(), weights):
+        """Take these tensors as the weights. UserError where names or shapes differ."""
+        if problems := compare(self.state_dict(), weights):
             raise UserError(f"{origin}: the weights do not fit the classifier that is described: {problems}")
-        self.network.load_state_dict(weights, assign=True, strict=True)
+        self.load_state_dict(weights, assign=True, strict=True)
         return self
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:  # (B,C,h,w), (B,) of the process -> logits (B,classes)
         return self.network(x_t, self.process.time(t))
 
 
-def build_classifier(network: Block, autoencoder: Autoencoder, size: int | None = None,
-                     allowed: Iterable[str] | None = None) -> tuple[nn.Module, dict]:
-    """The network, its sizes derived, and its block with these sizes: what builds it without the autoencoder.
+def build_classifier(network: Block, process: Block, autoencoder: Autoencoder, size: Sequence[int] | None) -> NoisyClassifier:
+    """A new classifier of an autoencoder's latents; the one place where its network's sizes are derived.
 
-    size: side of the latents.
+    size: height and width of the pictures; a network that needs the side of the latents takes them from it.
     """
-    params = {**(network.get("params") or {}), "in_channels": autoencoder.channels, "size": size}
-    given = {name: params[name] for name in ("in_channels", "size")}
-    return build(network, allowed=allowed, **given), {"target": network["target"], "params": params}
+    with torch.device("cpu"):  # its tables are numbers even where a model is planned without any
+        process_made = build(process)
+    side = size[0] // autoencoder.factor if size and size[0] == size[1] else None
+    derived = {"in_channels": autoencoder.channels, "size": side}
+    about = {"network": {"target": network["target"], "params": {**(network.get("params") or {}), **derived}},
+             "process": getattr(process_made, "block", process)}  # fmt: skip
+    return NoisyClassifier(build(network, **derived), process_made, about)
+
+
+def cross_entropy(classifier: nn.Module, z: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(y | x_t) of latents z (B,C,h,w) noised to t, and whether y is the likeliest class: (B,), (B,) bool."""
+    logits = classifier(classifier.process.add_noise(z, noise, t), t).float()
+    return F.cross_entropy(logits, y, reduction="none"), logits.argmax(dim=1) == y
 
 
 def by_classifier(classifier: NoisyClassifier, scale: float, process: Process, autoencoder: Autoencoder | None = None,

@@ -1,4 +1,5 @@
-"""DiffusionModule: stage 2 under Lightning. It wires; the mathematics is in loss.py, denoiser.py and process.py."""
+"""Stage 2 under Lightning: DiffusionModule, and ClassifierModule for what guides it. They wire; the mathematics is in
+loss.py, denoiser.py, classifier.py and process.py."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
+from ldm.classifier import NoisyClassifier, build_classifier, cross_entropy
 from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
-from ldm.conditioners.base import Draw, encoded
+from ldm.conditioners.base import Draw, encoded, entry
 from ldm.denoiser import build_denoiser, impossible
-from ldm.densities import Density, Uniform
+from ldm.densities import Density, LossSecondMoment, Uniform
 from ldm.latents import Spread, check_scale, spread
 from ldm.loss import Huber, Objective, PseudoHuber, Variational, diffusion_loss, misfits
 from ldm.parameterization import Preconditioned
@@ -201,6 +203,64 @@ class DiffusionModule(OnLatents):
             return Cond()
         batch = encoded(conditioner, self.autoencoder, batch, z.shape[2:])
         return conditioner(batch) if draw is None else conditioner.with_dropout(batch, draw)
+
+
+class ClassifierModule(OnLatents):
+    """Trains a classifier of noisy latents (2105.05233, section 4.3), which guides a diffusion model on the same latents.
+
+    A batch holds "image" (B,C,H,W) in [-1,1], or "latent" and "latent_std" of a cache, the class (B,) int under ``key``, and
+    "position" (B,).
+
+    Args:
+        autoencoder, seed, size: given by the program.
+        classifier: block of the network; its channels and the side that it sees follow from the autoencoder and the pictures.
+        process: block of the process whose noise it learns: that of the model which it is to guide.
+        density: of the times that it is trained at.
+        key: of the class in the batch.
+        optimizer, schedule, latents, statistics, ema_decay: as for ``DiffusionModule``.
+    """
+
+    kind = "classifier"
+    given = ("autoencoder", "seed", "size")
+
+    def __init__(self, autoencoder: Autoencoder, classifier: Block, optimizer: Block, process: Block | None = None,
+                 density: Density | None = None, key: str = "class", schedule: Block | None = None,
+                 latents: Literal["sample", "mode"] = "sample", statistics: Literal["check", "measure", "force"] = "check",
+                 ema_decay: float | HalfLife | Power | None = 0.9999, seed: int = 23, size: list[int] | None = None):
+        process = process or {"target": "ldm.process.RectifiedFlow"}
+        made = build_classifier(classifier, process, autoencoder, size)
+        super().__init__(autoencoder, {"classifier": made}, optimizer, schedule, latents, statistics, ema_decay, None, seed)
+        if isinstance(density, LossSecondMoment):
+            raise ValueError("density: LossSecondMoment follows the losses of a diffusion model; take another one")
+        self.density, self.key = density or Uniform(), key
+
+    def classifier(self, ema: bool = True) -> NoisyClassifier:
+        """As it guides now, with the averaged weights if there are any; shared."""
+        return (self.ema.shadow if ema and self.ema is not None else self.model)["classifier"]
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "posterior")
+        t = self.density(uniform(self.seed, "t", positions, z.device), self.classifier(ema=False).process)
+        noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
+        losses, right = cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
+        self.images_seen += len(z) * self.trainer.world_size
+        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(z))
+        return losses.mean()
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        """Loss and accuracy in each quarter of the time axis, on the same noise and times every time."""
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "val/posterior")
+        noise = normal(z.shape[1:], self.seed, "val/noise", positions, z.device)
+        share, classifier = uniform(self.seed, "val/t", positions, z.device), self.classifier()
+        found = []
+        for quarter in range(QUARTILES):
+            t = Uniform()((quarter + share) / QUARTILES, classifier.process)
+            found.append([each.float().mean() for each in cross_entropy(classifier, z, batch[self.key], t, noise)])
+        for name, values in zip(("val/loss", "val/accuracy"), torch.tensor(found).T, strict=True):
+            shares = {f"{name}_q{quarter + 1}": value for quarter, value in enumerate(values)}
+            self.log_dict(shares | {name: values.mean()}, batch_size=len(z), sync_dist=True)
 
 
 def _conditioner(model: nn.ModuleDict) -> nn.Module | None:

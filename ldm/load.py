@@ -24,8 +24,8 @@ from ldm.interop import adm, compvis, compvis_models, diffusers, pickles
 
 log = logging.getLogger(__name__)
 
-READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, Stability, "
-        "diffusers and guided-diffusion")
+READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, "
+        "Stability, diffusers and guided-diffusion")
 READERS = (compvis_models, compvis, diffusers, adm)  # of other people's files, the most telling names first
 PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
@@ -148,9 +148,9 @@ def load_classifier(path: str | Path, config: str | Path | Mapping | None = None
     if (about or {}).get("kind") != "classifier":
         raise UserError(f"{file}: this is {_kind(tensors) if about is None else 'a checkpoint of other training'}, and no "
                         "classifier; read are those that this program trained, and guided-diffusion's")
-    parts = [prefix for prefix in ("ema.shadow.classifier.", "model.classifier.") if any(key.startswith(prefix) for key in tensors)]
-    prefix = parts[0 if ema else -1]
-    weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    averaged, raw = ({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                     for prefix in ("ema.shadow.classifier.", "model.classifier."))  # fmt: skip
+    weights = averaged if ema and averaged else raw
     return NoisyClassifier.from_about(about, trust).assign(weights, str(file)).to(device)
 
 

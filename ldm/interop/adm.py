@@ -78,7 +78,7 @@ def write(bundle: Bundle, order: unet_names.Order | None = None) -> tuple[dict[s
         UserError: where there is no place for the model.
     """
     order = order or bundle.about.get("order") or ORDERS[0]
-    words = arguments_of(bundle.config) | {"use_new_attention_order": order == ORDERS[1]}
+    words = arguments_of(bundle.config, bundle.denoiser.network) | {"use_new_attention_order": order == ORDERS[1]}
     return _on_cpu(back(rows(bundle, order), bundle.state_dict())), words
 
 
@@ -149,7 +149,7 @@ def sampling_of(words: Mapping[str, Any], learned: bool) -> dict:
     return found | ({"size": [words["image_size"]] * 2} if words["image_size"] else {})
 
 
-def arguments_of(config: Mapping) -> dict:
+def arguments_of(config: Mapping, network: nn.Module) -> dict:
     """A constructor's arguments, and those of the diffusion, for a config of ours. UserError for what has no counterpart."""
     params, autoencoder = config["model"]["params"], config["autoencoder"]
     only("model", params, self_conditioning=(False,), parameterization=("noise", "data"), variance=("fixed", "learned_range"))
@@ -164,7 +164,7 @@ def arguments_of(config: Mapping) -> dict:
     learned, size = params.get("variance", "fixed") != "fixed", (config.get("sampling") or {}).get("size")
     words = {"cls": adm_words.UPSAMPLER if LOW in targets else adm_words.UNET, "image_size": size[0] if size else None,
              "in_channels": channels, "out_channels": channels * (2 if learned else 1),
-             **unet_words(params["network"], compvis_unet.UNET), **process_words(params.get("process")),
+             **unet_words(params["network"], compvis_unet.UNET, network), **process_words(params.get("process")),
              "predict_xstart": params.get("parameterization") == "data"}  # fmt: skip
     for target, said in zip(targets, (part["params"] for part in parts), strict=True):
         if target == LABEL:
@@ -187,19 +187,22 @@ def process_words(block: Mapping | None) -> dict:
     return words
 
 
-def unet_words(network: Mapping, target: str) -> dict:
-    """The arguments of the constructor for a block of ours: of the UNet, or of the classifier."""
-    if network["target"] != target:
-        raise UserError(f"guided-diffusion has no network {network['target']}; here its counterpart is {target}")
+def unet_words(block: Mapping, target: str, network: nn.Module) -> dict:
+    """The arguments of the constructor for a network of ours and its block: a UNet, or a classifier."""
+    if block["target"] != target:
+        raise UserError(f"guided-diffusion has no network {block['target']}; here its counterpart is {target}")
     known = inspect.signature(locate(target)).parameters
-    said = {name: each.default for name, each in known.items()} | dict(network["params"])
-    only(target, said, attention=("self",), patch_size=(1,), groups=(compvis_unet.GROUPS,), dims=(2,), attention_blocks=(None,),
-         middle_depth=(None, *range(1, 99)))  # fmt: skip
+    said = {name: each.default for name, each in known.items()} | dict(block["params"])
+    only("UNet", said, attention=("self",), patch_size=(1,), dims=(2,), attention_blocks=(None,))
+    groups = {part.num_groups for part in network.modules() if isinstance(part, nn.GroupNorm)}
+    if groups != {compvis_unet.GROUPS} or network.middle[0].attention is None:
+        raise UserError(f"guided-diffusion's networks have {compvis_unet.GROUPS} groups in every normalisation and attention in "
+                        f"the middle, this one has groups {sorted(groups)}, middle_depth {said.get('middle_depth')}")
     width, mult = said["time_channels"] or said["model_channels"], said["channel_mult"]
     single = {name: set(given) if isinstance(given := said[name], (list, tuple)) else {given}
               for name in ("num_res_blocks", "num_heads")}  # fmt: skip
     if mult[0] != 1 or any(len(values) > 1 for values in single.values()):
-        raise UserError(f"guided-diffusion has no {target} whose first convolution, numbers of blocks or heads differ from "
+        raise UserError(f"guided-diffusion has no network whose first convolution, numbers of blocks or heads differ from "
                         f"those of its levels: channel_mult {list(mult)}, {single}")
     return {
         "model_channels": width, "channel_mult": [_ratio(int(said["model_channels"] * m + 1e-6), width) for m in mult],
@@ -233,7 +236,7 @@ def read_classifier(tensors: Mapping[str, Tensor], config: Mapping | None, origi
         classifier = NoisyClassifier.from_about(about)
     except ValueError as error:
         raise UserError(f"{origin}: the classifier that its arguments describe cannot be built: {error}") from error
-    expected, table = classifier.network.state_dict(), classifier_rows(classifier.network, order)
+    expected, table = classifier.state_dict(), classifier_rows(classifier.network, order)
     found = to_us(table, tensors)
     check(table, tensors, expected, found, origin)
     return classifier.assign(found, origin)
@@ -243,10 +246,10 @@ def write_classifier(classifier: NoisyClassifier, order: unet_names.Order | None
     """Its state dict and its arguments in guided-diffusion, as ``write`` has those of a UNet."""
     about, network = classifier.about, classifier.network
     order, params = order or about.get("order") or ORDERS[0], about["network"]["params"]
-    words = unet_words(about["network"], CLASSIFIER) | process_words(about["process"])
+    words = unet_words(about["network"], CLASSIFIER, network) | process_words(about["process"])
     words |= {"cls": adm_words.CLASSIFIER, "image_size": params.get("size"), "in_channels": params["in_channels"],
               "out_channels": network.classes, "pool": network.pool, "use_new_attention_order": order == ORDERS[1]}  # fmt: skip
-    return _on_cpu(back(classifier_rows(network, order), network.state_dict())), words
+    return _on_cpu(back(classifier_rows(network, order), classifier.state_dict())), words
 
 
 def classifier_rows(network: nn.Module, order: unet_names.Order) -> list[Row]:
@@ -257,7 +260,7 @@ def classifier_rows(network: nn.Module, order: unet_names.Order) -> list[Row]:
     for ours, theirs in HEADS[network.pool].items():
         table += pair(ours, theirs, weight=matrix)
     table.append(Row(("head.positions",), ("out.2.positional_embedding",)))
-    return existing(table, network.state_dict())
+    return inside(existing(table, network.state_dict()), "network.")
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
