@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ldm.betas import spaced
 from ldm.bundle import Bundle
-from ldm.classifier import NoisyClassifier
-from ldm.common.build import locate
+from ldm.classifier import NoisyClassifier, same
+from ldm.common.build import build, locate
 from ldm.common.files import UserError
 from ldm.interop import adm_words, compvis_unet, names, unet_names
 from ldm.interop.rows import SAME, Row, back, check, existing, inside, pair, squeezed, to_us
@@ -180,9 +180,8 @@ def process_words(block: Mapping | None) -> dict:
     params = (block or {}).get("params") or {}
     words = {"noise_schedule": params.get("schedule"), "diffusion_steps": params.get("steps", 1000),
              "rescale_timesteps": params.get("rescale", False)}  # fmt: skip
-    if not block or block["target"] != DDPM or words["noise_schedule"] not in adm_words.SCHEDULES or (
-        {"steps": 1000, "rescale": False} | params != {"rescale": False} | process_of(words)["params"]
-    ):
+    known = bool(block) and block["target"] == DDPM and words["noise_schedule"] in adm_words.SCHEDULES
+    if not known or not same(build(block), build(process_of(words))):
         raise UserError(f"guided-diffusion has DDPM's linear and cosine betas, not the process {dict(block or {})}")
     return words
 
@@ -196,8 +195,8 @@ def unet_words(block: Mapping, target: str, network: nn.Module) -> dict:
     only("UNet", said, attention=("self",), patch_size=(1,), dims=(2,), attention_blocks=(None,))
     groups = {part.num_groups for part in network.modules() if isinstance(part, nn.GroupNorm)}
     if groups != {compvis_unet.GROUPS} or network.middle[0].attention is None:
-        raise UserError(f"guided-diffusion's networks have {compvis_unet.GROUPS} groups in every normalisation and attention in "
-                        f"the middle, this one has groups {sorted(groups)}, middle_depth {said.get('middle_depth')}")
+        raise UserError(f"guided-diffusion's networks have {compvis_unet.GROUPS} groups in every normalisation, and attention "
+                        f"in the middle; this one has groups {sorted(groups)}, middle_depth {said.get('middle_depth')}")
     width, mult = said["time_channels"] or said["model_channels"], said["channel_mult"]
     single = {name: set(given) if isinstance(given := said[name], (list, tuple)) else {given}
               for name in ("num_res_blocks", "num_heads")}  # fmt: skip
