@@ -47,6 +47,11 @@ class OnLatents(pl.LightningModule):
         self.images_seen = 0  # by all processes together
 
     @property
+    def conditioner(self) -> nn.Module | None:
+        """What reads conditions from batches, if anything does."""
+        return None
+
+    @property
     def trained(self) -> nn.Module:
         """What the optimizer steps."""
         return nn.ModuleDict({"model": self.model})

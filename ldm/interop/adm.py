@@ -173,7 +173,17 @@ def arguments_of(config: Mapping, network: nn.Module) -> dict:
             words["num_classes"] = said["classes"] + said.get("null_row", True)
         else:
             only("LowResolution", {"resize": "none", **said}, resize=("bilinear",), noise=(None,), channels=(channels,))
-    return words
+    return words | sampling_words(config.get("sampling") or {})
+
+
+def sampling_words(sampling: Mapping) -> dict:
+    """Of its scripts, where they sample so."""
+    sampler, times, steps = sampling.get("sampler"), sampling.get("times"), sampling.get("steps")
+    if not isinstance(sampler, Mapping) or sampler.get("name") not in ("ddpm", "ddim"):
+        return {}
+    spacing = str(steps) if times == "linspace" else f"ddim{steps}" if times == {"name": "leading", "offset": 0} else None
+    found = {"use_ddim": sampler["name"] == "ddim", "clip_denoised": sampler.get("clip_x0", False)}
+    return found | ({"timestep_respacing": spacing} if spacing else {})
 
 
 def process_words(block: Mapping | None) -> dict:
