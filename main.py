@@ -194,7 +194,7 @@ def upkeep(stage, folder) -> list:
     from ldm.callbacks.ema import EmaUpdate
     from ldm.callbacks.finite import FiniteGradients
 
-    return [FiniteGradients(), EmaUpdate(folder / "averages")] if stage.kind == "diffusion" else []
+    return [FiniteGradients(), EmaUpdate(folder / "averages")] if stage.kind != "autoencoder" else []
 
 
 def make_trainer(stage, **options):

@@ -28,7 +28,7 @@ from ldm.conditioners.base import encoded
 from ldm.conditioners.prompts import Long, reading
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
-from ldm.guidance import BOUNDS, batched, cfg, rescale, within
+from ldm.guidance import BOUNDS, batched, cfg, clip, rescale, within
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow
 from ldm.samplers import SAMPLERS, Callback
@@ -76,7 +76,7 @@ class Bundle(nn.Module):
             raise UserError(f"autoencoder: a checkpoint's config holds it as a block (target, params), got {block!r}")
         autoencoder = without_weights(lambda: build(block, allowed=allowed))
         conditioner = denoiser = None
-        if config.get("autoencoder"):
+        if config.get("autoencoder") and "classifier" not in params:  # a classifier's checkpoint has its autoencoder alone
             if params.get("conditioner") is not None:
                 conditioner = without_weights(lambda: build(params["conditioner"], allowed=allowed))
             process = build(params["process"], allowed=allowed) if params.get("process") else RectifiedFlow()
@@ -157,7 +157,8 @@ class Bundle(nn.Module):
                  size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
                  times: Spec | Sequence[float] | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
                  batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None,
-                 prompt_weights: bool | None = None, long: Long | None = None) -> Tensor:
+                 prompt_weights: bool | None = None, long: Long | None = None,
+                 guide: Callable[[Denoise, Mapping[str, Any]], Denoise] | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
         Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
@@ -180,6 +181,8 @@ class Bundle(nn.Module):
             tile: side in pixels of the tiles that the autoencoder decodes by, with less memory; None: at once.
             prompt_weights: whether prompts have weights in them, "(word:1.3)"; long: what becomes of those that are longer than
                 the text encoder's window (``ldm.conditioners.captions.Captions``); None: as the conditioner is set.
+            guide: what else guides: (denoise, batch) -> denoise, such as ``ldm.classifier.by_classifier`` makes. A sampler's
+                clip_x0 then clips what the model says, and not what becomes of it (ADM).
 
         Raises:
             UserError: for all that cannot be, such as a size that does not divide, or a text encoder that is another.
@@ -190,8 +193,9 @@ class Bundle(nn.Module):
         batch, n = _batch(prompts)
         plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
         sampler, guidance = plan["sampler"], plan["guidance"]
+        clips = guide is not None and isinstance(sampler, Mapping) and bool(sampler.get("clip_x0"))
         if not callable(sampler):
-            sampler = pick(sampler, SAMPLERS, "sampler")
+            sampler = pick({**sampler, "clip_x0": False} if clips else sampler, SAMPLERS, "sampler")
         times = make_times(plan["times"], self.denoiser.process, plan["steps"])
         shape = self._latent_shape(size, x_T)
         indices = list(range(n)) if indices is None else list(indices)
@@ -213,6 +217,8 @@ class Bundle(nn.Module):
                         for key, value in batch.items()}  # fmt: skip
                 part.setdefault("position", torch.tensor([seed + index for index in indices[rows]]))
                 denoise = self._guided(part, negative and negative[rows], guidance, shape[1:])
+                if guide is not None:
+                    denoise = guide(clip(denoise, self.denoiser.process) if clips else denoise, part)
                 z = sampler(denoise, x.to(self.device), times, self.denoiser.process, callback=callback,
                             noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
                 pictures.append(self._decode(z, tile))

@@ -1,4 +1,5 @@
-"""DiffusionModule: stage 2 under Lightning. It wires; the mathematics is in loss.py, denoiser.py and process.py."""
+"""Stage 2 under Lightning: DiffusionModule, and ClassifierModule for what guides it. They wire; the mathematics is in
+loss.py, denoiser.py, classifier.py and process.py."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
+from ldm.classifier import NoisyClassifier, build_classifier, cross_entropy
 from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
-from ldm.conditioners.base import Draw, encoded
+from ldm.conditioners.base import Draw, encoded, entry
 from ldm.denoiser import build_denoiser, impossible
-from ldm.densities import Density, Uniform
+from ldm.densities import Density, LossSecondMoment, Uniform
 from ldm.latents import Spread, check_scale, spread
 from ldm.loss import Huber, Objective, PseudoHuber, Variational, diffusion_loss, misfits
 from ldm.parameterization import Preconditioned
@@ -27,10 +29,85 @@ from ldm.weights import Uncertainty, Weight
 QUARTILES = 4
 
 
-class DiffusionModule(pl.LightningModule):
-    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
+class OnLatents(pl.LightningModule):
+    """What every training on the latents of a frozen autoencoder has in common. ``model`` (ModuleDict) is what is trained,
+    and averaged where ``ema_decay`` is given. With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``),
+    which main.py adds. All randomness follows from the batch's "position" (B,), the samples' places in the run."""
 
-    With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``), which main.py adds.
+    def __init__(self, autoencoder: Autoencoder, model: dict[str, nn.Module], optimizer: Block, schedule: Block | None,
+                 latents: Literal["sample", "mode"], statistics: Literal["check", "measure", "force"],
+                 ema_decay: float | HalfLife | Power | None, snapshots: Snapshots | None, seed: int):
+        super().__init__()
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.model = nn.ModuleDict(model)
+        self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
+        self.snapshots, self.averages = snapshots, None if snapshots is None else snapshots.averages(self.model)
+        self.optimizer, self.schedule = optimizer, schedule
+        self.latents, self.statistics, self.seed = latents, statistics, seed
+        self.images_seen = 0  # by all processes together
+
+    @property
+    def conditioner(self) -> nn.Module | None:
+        """What reads conditions from batches, if anything does."""
+        return None
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer steps."""
+        return nn.ModuleDict({"model": self.model})
+
+    @torch.no_grad()
+    def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
+        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
+        with torch.autocast(self.device.type, enabled=False):
+            if "latent" in batch:
+                mean, std = batch["latent"].float(), batch.get("latent_std")
+            else:
+                mean, std = self.autoencoder.posterior(batch["image"].float())
+        if std is None or self.latents == "mode":
+            return mean
+        return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the autoencoder's statistics are to be measured before training. A shift and scale that were set by hand
+        (the table of published autoencoders) count as known, though their pictures were not counted."""
+        spec = self.autoencoder.spec
+        by_hand = bool(spec.shift.any() or (spec.scale != 1).any())
+        return self.statistics == "measure" or (self.statistics == "check" and not spec.count and not by_hand)
+
+    def verify(self, batches: Iterable[dict], data_hash: str | None = None) -> Spread:
+        """The spread of the latents that training will see of these batches (on each rank its own; all have to call).
+        UserError where it is not about 1, unless ``statistics`` is "force". data_hash: of the data set."""
+        device = self.autoencoder.shift.device
+        on_device = ({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+                     for batch in batches)  # fmt: skip
+        found = spread(self.latent(batch, batch["position"].tolist(), "posterior") for batch in on_device)
+        check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
+        return found
+
+    def configure_optimizers(self) -> dict:
+        optimizer = make_optimizer(self.optimizer, self.trained)
+        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
+        return {"optimizer": optimizer,
+                "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
+
+    def train(self, mode: bool = True) -> OnLatents:
+        super().train(mode)
+        for frozen in (self.autoencoder, self.ema, self.averages):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["images_seen"] = self.images_seen
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.images_seen = checkpoint["images_seen"]
+
+
+class DiffusionModule(OnLatents):
+    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
 
     A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
     "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
@@ -71,21 +148,17 @@ class DiffusionModule(pl.LightningModule):
                  statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
                  seed: int = 23, sampling: dict | None = None):
-        super().__init__()
-        self.autoencoder = autoencoder.requires_grad_(False).eval()
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
                                   variance=variance, self_conditioning=self_conditioning)
-        self.model = nn.ModuleDict({"denoiser": denoiser})
-        if conditioner is not None:
-            self.model["conditioner"] = conditioner
-        self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
-        self.snapshots, self.averages = snapshots, None if snapshots is None else snapshots.averages(self.model)
+        model = {"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner})
+        super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
         self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
         self.loss.attach(denoiser.process, variance)
-        self.optimizer, self.schedule = optimizer, schedule
-        self.latents, self.statistics = latents, statistics
-        self.seed, self.sampling = seed, dict(sampling or {})
-        self.images_seen = 0  # by all processes together
+        self.sampling = dict(sampling or {})
+
+    @property
+    def trained(self) -> nn.Module:
+        return nn.ModuleDict({"model": self.model, "loss": self.loss})
 
     @property
     def conditioner(self) -> nn.Module | None:
@@ -128,36 +201,6 @@ class DiffusionModule(pl.LightningModule):
                 self.log(f"{name}_q{quarter + 1}", losses[-1], batch_size=len(z), sync_dist=True)
             self.log(name, torch.stack(losses).mean(), batch_size=len(z), sync_dist=True)
 
-    @torch.no_grad()
-    def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
-        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
-        with torch.autocast(self.device.type, enabled=False):
-            if "latent" in batch:
-                mean, std = batch["latent"].float(), batch.get("latent_std")
-            else:
-                mean, std = self.autoencoder.posterior(batch["image"].float())
-        if std is None or self.latents == "mode":
-            return mean
-        return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
-
-    @property
-    def measures(self) -> bool:
-        """Whether the autoencoder's statistics are to be measured before training. A shift and scale that were set by hand
-        (the table of published autoencoders) count as known, though their pictures were not counted."""
-        spec = self.autoencoder.spec
-        by_hand = bool(spec.shift.any() or (spec.scale != 1).any())
-        return self.statistics == "measure" or (self.statistics == "check" and not spec.count and not by_hand)
-
-    def verify(self, batches: Iterable[dict], data_hash: str | None = None) -> Spread:
-        """The spread of the latents that training will see of these batches (on each rank its own; all have to call).
-        UserError where it is not about 1, unless ``statistics`` is "force". data_hash: of the data set."""
-        device = self.autoencoder.shift.device
-        on_device = ({key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-                     for batch in batches)  # fmt: skip
-        found = spread(self.latent(batch, batch["position"].tolist(), "posterior") for batch in on_device)
-        check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
-        return found
-
     def condition(self, model: nn.ModuleDict, batch: dict, z: Tensor, draw: Draw | None = None) -> Cond:
         """The condition of latents z (B,C,h,w); with ``draw`` some of it is dropped, as the conditioner says."""
         conditioner = _conditioner(model)
@@ -166,24 +209,63 @@ class DiffusionModule(pl.LightningModule):
         batch = encoded(conditioner, self.autoencoder, batch, z.shape[2:])
         return conditioner(batch) if draw is None else conditioner.with_dropout(batch, draw)
 
-    def configure_optimizers(self) -> dict:
-        optimizer = make_optimizer(self.optimizer, nn.ModuleDict({"model": self.model, "loss": self.loss}))
-        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
-        return {"optimizer": optimizer,
-                "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
 
-    def train(self, mode: bool = True) -> DiffusionModule:
-        super().train(mode)
-        for frozen in (self.autoencoder, self.ema, self.averages):
-            if frozen is not None:
-                frozen.eval()
-        return self
+class ClassifierModule(OnLatents):
+    """Trains a classifier of noisy latents (2105.05233, section 4.3), which guides a diffusion model on the same latents.
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["images_seen"] = self.images_seen
+    A batch holds "image" (B,C,H,W) in [-1,1], or "latent" and "latent_std" of a cache, the class (B,) int under ``key``, and
+    "position" (B,).
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.images_seen = checkpoint["images_seen"]
+    Args:
+        autoencoder, seed, size: given by the program.
+        classifier: block of the network; its channels and the side that it sees follow from the autoencoder and the pictures.
+        process: block of the process whose noise it learns: that of the model which it is to guide.
+        density: of the times that it is trained at.
+        key: of the class in the batch.
+        optimizer, schedule, latents, statistics, ema_decay: as for ``DiffusionModule``.
+    """
+
+    kind = "classifier"
+    given = ("autoencoder", "seed", "size")
+
+    def __init__(self, autoencoder: Autoencoder, classifier: Block, optimizer: Block, process: Block | None = None,
+                 density: Density | None = None, key: str = "class", schedule: Block | None = None,
+                 latents: Literal["sample", "mode"] = "sample", statistics: Literal["check", "measure", "force"] = "check",
+                 ema_decay: float | HalfLife | Power | None = 0.9999, seed: int = 23, size: list[int] | None = None):
+        process = process or {"target": "ldm.process.RectifiedFlow"}
+        made = build_classifier(classifier, process, autoencoder, size)
+        super().__init__(autoencoder, {"classifier": made}, optimizer, schedule, latents, statistics, ema_decay, None, seed)
+        if isinstance(density, LossSecondMoment):
+            raise ValueError("density: LossSecondMoment follows the losses of a diffusion model; take another one")
+        self.density, self.key = density or Uniform(), key
+
+    def classifier(self, ema: bool = True) -> NoisyClassifier:
+        """As it guides now, with the averaged weights if there are any; shared."""
+        return (self.ema.shadow if ema and self.ema is not None else self.model)["classifier"]
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "posterior")
+        t = self.density(uniform(self.seed, "t", positions, z.device), self.classifier(ema=False).process)
+        noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
+        losses, right = cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
+        self.images_seen += len(z) * self.trainer.world_size
+        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(z))
+        return losses.mean()
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        """Loss and accuracy in each quarter of the time axis, on the same noise and times every time."""
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "val/posterior")
+        noise = normal(z.shape[1:], self.seed, "val/noise", positions, z.device)
+        share, classifier = uniform(self.seed, "val/t", positions, z.device), self.classifier()
+        found = []
+        for quarter in range(QUARTILES):
+            t = Uniform()((quarter + share) / QUARTILES, classifier.process)
+            found.append([each.float().mean() for each in cross_entropy(classifier, z, batch[self.key], t, noise)])
+        for name, values in zip(("val/loss", "val/accuracy"), torch.tensor(found).T, strict=True):
+            shares = {f"{name}_q{quarter + 1}": value for quarter, value in enumerate(values)}
+            self.log_dict(shares | {name: values.mean()}, batch_size=len(z), sync_dist=True)
 
 
 def _conditioner(model: nn.ModuleDict) -> nn.Module | None:

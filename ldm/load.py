@@ -16,24 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from ldm.bundle import Bundle
+from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
-from ldm.interop import compvis, compvis_models, diffusers, pickles
+from ldm.interop import adm, compvis, compvis_models, diffusers, pickles
 
 log = logging.getLogger(__name__)
 
-READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, Stability and "
-        "diffusers")
-READERS = (compvis_models, compvis, diffusers)  # of other people's files, the most telling names first
+READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, "
+        "Stability, diffusers and guided-diffusion")
+READERS = (compvis_models, compvis, diffusers, adm)  # of other people's files, the most telling names first
 PARTS = ("autoencoder", "conditioner", "denoiser")
-LEFT_BEHIND = ("critic", "loss", "regularisers", "averages")  # what only training needs
+LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"lora": "a LoRA, which changes another model and is none by itself",
     r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
+    r"^input_blocks\.0\.0\.": "a UNet alone, or a classifier of guided-diffusion, which guides other models",
     r"^param_groups$": "an optimizer's state",
 }
 DIFFERENCES = 5  # between configs, that a warning names
@@ -60,6 +62,7 @@ class Checkpoint:
         if ema:
             averaged = (key for key in self.tensors if key.startswith("ema.") and key != "ema.updates")
             names = {key: key.removeprefix("ema.").removeprefix("shadow.") for key in averaged}
+            names = {key: name for key, name in names.items() if name.split(".")[0] not in LEFT_BEHIND}
             alone = self.about["kind"] == "autoencoder"  # its average is of the autoencoder, without that word
             found |= {f"autoencoder.{name}" if alone and name.split(".")[0] not in PARTS else name: self.tensors[key]
                       for key, name in names.items()}  # fmt: skip
@@ -114,9 +117,7 @@ def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
     """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
-    file = find(Path(path))
-    about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    tensors = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
+    file, about, tensors, step = _contents(path)
     if about is None:
         reader = _reader(tensors)
         if reader is None:
@@ -127,9 +128,37 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
             config = diffusers.read_config(beside)
         given = config if config is None or isinstance(config, Mapping) else configs.load([config])
         return Checkpoint(file, *reader.read(tensors, plain(given), str(file)), step, foreign=True)
-    if about.get("kind") not in ("diffusion", "autoencoder") or "model" not in (about.get("config") or {}):
+    if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
+
+
+def load_classifier(path: str | Path, config: str | Path | Mapping | None = None, *, ema: bool = True,
+                    device: torch.device | str = "cpu", trust: bool = False) -> NoisyClassifier:
+    """The classifier of noisy pictures or latents in a file or run folder, in eval mode; it guides other models
+    (``ldm.classifier.by_classifier``). What ``load`` gives for a checkpoint of one is the autoencoder that it stands on.
+
+    path: of our own, or guided-diffusion's .pt. config: of the latter, arguments or flags, as yaml or json; None: what the
+    shapes tell. ema, trust: as for ``load``. UserError for whatever is no classifier.
+    """
+    file, about, tensors, _ = _contents(path)
+    if about is None and adm.holds_classifier(tensors):
+        given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+        return adm.read_classifier(tensors, plain(given), str(file)).to(device)
+    if (about or {}).get("kind") != "classifier":
+        raise UserError(f"{file}: this is {_kind(tensors) if about is None else 'a checkpoint of other training'}, and no "
+                        "classifier; read are those that this program trained, and guided-diffusion's")
+    averaged, raw = ({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                     for prefix in ("ema.shadow.classifier.", "model.classifier."))  # fmt: skip
+    weights = averaged if ema and averaged else raw
+    return NoisyClassifier.from_about(about, trust).assign(weights, str(file)).to(device)
+
+
+def _contents(path: str | Path) -> tuple[Path, dict | None, dict[str, Tensor], int | None]:
+    """-> the file, what it says of itself, its tensors, and the step."""
+    file = find(Path(path))
+    about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    return file, about, {WRAPPERS.sub("", key): value for key, value in tensors.items()}, step
 
 
 def find(path: Path) -> Path:

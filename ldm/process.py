@@ -184,14 +184,15 @@ class DDPM(Discrete):
         start, end: first and last beta of the schedule (its own default if None).
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
         floor: the least alpha_bar; above 0, the last step of ``zero_terminal`` has a sigma / alpha (diffusers: 2^-24).
-        told: see ``Discrete``.
+        told: see ``Discrete``; or "thousandths": t * 1000 / steps (Improved DDPM's rescale_timesteps).
     """
 
     def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
                  steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
-                 floor: float = 0.0, told: Told = "exact"):
+                 floor: float = 0.0, told: Told | Literal["thousandths"] = "exact"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
         alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
+        told = torch.arange(steps, dtype=torch.float64) * (1000 / steps) if told == "thousandths" else told
         super().__init__((zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor), told)
 
 

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.app.stages import Stage
-from ldm.bundle import Bundle
-from ldm.callbacks.images import Panel, reconstructions, samples
-from ldm.common.build import build
+from ldm.bundle import Bundle, versions
+from ldm.callbacks.images import Panel, judged, reconstructions, samples
+from ldm.common.build import build, plain
 from ldm.common.config import Cache, Sampling, section
 from ldm.common.files import UserError
+from ldm.conditioners.base import entry
 from ldm.conditioners.captions import STORED
 from ldm.conditioners.prompts import reading
 from ldm.data.loader import Placed, make_loader
 from ldm.load import load, read
 
 Tell = Callable[[str], None]
-PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}  # folders of sheets, by the kind of the stage
+PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples", "classifier": "judged"}  # folders of sheets, by the stage
 SHOWN = 8  # reconstructions on a sheet
 LINE = 10.0  # seconds between lines about a cache that is being made
 
@@ -33,7 +34,8 @@ def make_module(stage: Stage, autoencoder: nn.Module | None, size: tuple[int, in
     if stage.kind == "autoencoder":
         return build(stage.config["model"], seed=stage.seed)
     sampling = ({"size": list(size[1:])} if size else {}) | stage.sampling
-    return build(stage.config["model"], autoencoder=autoencoder, seed=stage.seed, sampling=sampling)
+    return build(stage.config["model"], autoencoder=autoencoder, seed=stage.seed, sampling=sampling,
+                 size=list(size[1:]) if size else None)
 
 
 def endless(stage: Stage, module: Any, dataset: Dataset) -> DataLoader:
@@ -101,6 +103,9 @@ def describer(stage: Stage, block: dict | None) -> Callable[[Any], dict]:
     config = stage.config if block is None else {**stage.config, "autoencoder": block}
 
     def describe(module: Any) -> dict:
+        if stage.kind == "classifier":
+            own = {"autoencoder_hash": module.autoencoder.content_hash(), "data": stage.train.fingerprint}
+            return plain({"kind": stage.kind, "config": config, "versions": versions(), **module.classifier().about, **own})
         alone = stage.kind == "autoencoder"
         bundle = Bundle(getattr(module, "best", module.autoencoder)) if alone else bundle_of(module)
         bundle.config, bundle.about = config, {"data": stage.train.fingerprint}
@@ -142,12 +147,16 @@ def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device
     if stage.kind == "autoencoder":
         return stage.train, stage.validation, reconstructions(originals(stage))
     train, validation, batch = cached(stage, module, logdir, device, tell)
+    if stage.kind == "classifier":
+        pictures, dataset = originals(stage), stage.validation or stage.train
+        items = default_collate([dataset[i] for i in range(len(pictures))])
+        return train, validation, judged(pictures, entry(items, module.key, module))
     return train, validation, samples(batch, bundle_of)
 
 
 def finish(stage: Stage, module: Any) -> str:
     """What is left to do after the last step, and a line about it. All ranks have to call."""
-    if stage.kind == "diffusion":
+    if stage.kind != "autoencoder":
         return f"{stage.label}: {module.images_seen:,} images seen"
     try:
         measured = module.measure_statistics(one_pass(stage, stage.train, shuffle=True), fingerprint=stage.train.fingerprint)

@@ -13,7 +13,7 @@ from ldm.common.config import check_config, load
 from ldm.common.files import UserError, digest, file_sha256
 from ldm.load import find
 
-Kind = Literal["autoencoder", "diffusion"]
+Kind = Literal["autoencoder", "diffusion", "classifier"]
 FIRST = "stage1."  # key=value arguments that begin so are for the config that autoencoder.config names
 SHARED = {"trainer": ("accelerator", "devices", "num_nodes"), "logging": ("wandb",)}  # stage 2 says it for both stages
 INSTEAD = {  # arguments of Lightning's Trainer that something else here stands for
@@ -60,7 +60,9 @@ class Stage:
 
     @property
     def kind(self) -> Kind:
-        return "diffusion" if self.config.get("autoencoder") else "autoencoder"
+        if not self.config.get("autoencoder"):
+            return "autoencoder"
+        return "classifier" if "classifier" in (self.config["model"].get("params") or {}) else "diffusion"
 
     @property
     def trainer(self) -> dict:

@@ -144,7 +144,7 @@ def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None
                        recomputes=any(getattr(part, "checkpointing", False) for part in module.modules()))  # fmt: skip
     if size is not None:
         check_channels(stage, getattr(module.autoencoder, "image_channels", size[0]), size[0])
-        walk = _walk_autoencoder if stage.kind == "autoencoder" else _walk_diffusion
+        walk = {"autoencoder": _walk_autoencoder, "diffusion": _walk_diffusion, "classifier": _walk_classifier}[stage.kind]
         # tensors that say they are on the CPU (autocast asks) and have no contents either; attention by its formula
         with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
             walk(module.to_empty(device="cpu"), torch.empty(1, *size), found)
@@ -231,10 +231,7 @@ def _walk_autoencoder(module: Any, x: Tensor, found: Survey) -> None:
 
 
 def _walk_diffusion(module: Any, x: Tensor, found: Survey) -> None:
-    with torch.no_grad():
-        z, _ = module.autoencoder.posterior(x)
-        if not found.cache.latents:
-            found.frozen_flops["autoencoder"] = _count(lambda: module.autoencoder.posterior(x))
+    z = _latent(module, x, found)
     with _kept(module) as kept:
         cond = Cond()
         if module.conditioner is not None:
@@ -242,6 +239,21 @@ def _walk_diffusion(module: Any, x: Tensor, found: Survey) -> None:
             found.flops |= {"conditioner": flops} if flops else {}
         found.flops["network"] = _count(lambda: module.model["denoiser"].raw(z, torch.full((1,), 0.5), cond))
     found.activations = kept()
+
+
+def _walk_classifier(module: Any, x: Tensor, found: Survey) -> None:
+    z = _latent(module, x, found)
+    with _kept(module) as kept:
+        found.flops["network"] = _count(lambda: module.classifier(ema=False)(z, torch.full((1,), 0.5)))
+    found.activations = kept()
+
+
+def _latent(module: Any, x: Tensor, found: Survey) -> Tensor:
+    with torch.no_grad():
+        z, _ = module.autoencoder.posterior(x)
+        if not found.cache.latents:
+            found.frozen_flops["autoencoder"] = _count(lambda: module.autoencoder.posterior(x))
+    return z
 
 
 def _count(run: Callable[[], Any]) -> int:

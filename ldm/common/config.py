@@ -225,15 +225,16 @@ def check_config(cfg: Mapping, allowed: Iterable[str] | None = None) -> list[str
 
 
 def _check_kind(config: dict) -> list[str]:
-    """The sections that only a diffusion model has. A training module says what it trains by its attribute `kind`."""
+    """The sections that only some trainings have. A training module says what it trains by its attribute `kind`."""
     try:
         kind = getattr(locate(config["model"]["target"]), "kind", None) if is_block(config.get("model")) else None
     except UserError:
         return []  # `check` has told it
-    if kind == "diffusion" and not config.get("autoencoder"):
-        return [f"autoencoder: missing; a diffusion model needs one of {', '.join(SOURCES)}"]
-    foreign = ("autoencoder", "cache", "sampling") if kind == "autoencoder" else ()
-    reason = "belongs to diffusion models, this config trains an autoencoder"
+    if kind in ("diffusion", "classifier") and not config.get("autoencoder"):
+        what = {"diffusion": "diffusion model", "classifier": "classifier"}[kind]
+        return [f"autoencoder: missing; a {what} needs one of {', '.join(SOURCES)}"]
+    foreign = {"autoencoder": ("autoencoder", "cache", "sampling"), "classifier": ("sampling",)}.get(kind, ())
+    reason = f"belongs to diffusion models, this config trains {'an autoencoder' if kind == 'autoencoder' else 'a classifier'}"
     return [f"{key}: {reason}" for key in foreign if config.get(key)]
 
 

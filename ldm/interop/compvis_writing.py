@@ -246,9 +246,9 @@ def _process(process: Any, block: Mapping | None) -> dict:
         raise UserError(f"CompVis has no diffusion model on {type(process).__name__}, only on DDPM's steps")
     steps = len(process.alpha_bar)
     said = defaults(block) if block and block["target"].endswith(".DDPM") else {}
-    if said.get("schedule") not in SCHEDULES or said.get("zero_terminal") or process._told is not None:
-        if process._told is not None:
-            raise UserError("CompVis has no respaced diffusion model: export the whole process")
+    if process.told != "exact":
+        raise UserError("CompVis tells its networks the step itself: there is no process respaced, or told other times")
+    if said.get("schedule") not in SCHEDULES or said.get("zero_terminal") or said.get("floor"):
         return {"timesteps": steps, "given_betas": process.betas.tolist()}
     names = {"start": "cosine_s"} if said["schedule"] == "cosine" else {"start": "linear_start", "end": "linear_end"}
     ends = {theirs: said[ours] for ours, theirs in names.items() if said[ours] is not None}

@@ -69,7 +69,7 @@ def stages(network: UNet) -> Iterator[tuple[str, Stage, dict[str, str], dict[str
     yield "middle.0", network.middle[0], names, inside("mid_block", 0)
     yield "middle.1", network.middle[1], {"res": f"middle_block.{1 + has_attention}"}, inside("mid_block", 1)
     level = block = 0  # here from the lowest resolution up
-    for k, stage in enumerate(network.up):
+    for k, stage in enumerate(getattr(network, "up", ())):  # a classifier has none
         yield f"up.{k}", stage, slots(stage, f"output_blocks.{k}"), inside(f"up_blocks.{level}", block)
         level, block = (level + 1, 0) if stage.resample is not None else (level, block + 1)
 
