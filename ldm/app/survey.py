@@ -213,6 +213,9 @@ def _parts(module: nn.Module) -> Iterator[Part]:
         if name == "model":  # what is trained in stage 2, part by part
             yield from _parts(child)
         elif weights := list(child.parameters()):
+            if name == "ema":  # it shares what is frozen
+                others = {id(p) for other in module.children() if other is not child for p in other.parameters()}
+                weights = [p for p in weights if id(p) not in others]
             trainable = sum(p.numel() for p in weights if p.requires_grad)
             yield Part(EMA if name == "ema" else name, trainable, sum(p.numel() for p in weights) - trainable)
         encoder = getattr(child, "encoder", None)
