@@ -169,9 +169,6 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
     """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
     the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
     wanted, batch = section(stage.config, Cache), shown(stage)
-    if wanted.latents and (pictures := getattr(module.conditioner, "encodes", None)):
-        raise UserError(f"cache.latents: the conditioner encodes pictures of the batch ({', '.join(pictures)}), which are not "
-                        "beside latents on disk; set cache.latents: false")
     encodes = getattr(module.conditioner, "encode", None)
     if not (wanted.latents or (wanted.text and encodes)):
         return stage.train, stage.validation, batch
