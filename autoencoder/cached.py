@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from autoencoder.base import Autoencoder
 from ldm.common.files import UserError, atomic_write, digest
@@ -198,11 +198,15 @@ class CachedDataset(Dataset[dict]):
 
     Items: {"latent" (C,h,w), "latent_std" (same; not of deterministic autoencoders)} instead of "image", and
     {"text_states" (L,D), "text_mask" (L,), "text_vector" (E,) where there is one} beside "caption", with L the longest
-    caption of the whole set; "key".
+    caption of the whole set; "key"; and what else the data set's items hold: all of it beside pictures, what its ``extra``
+    knows without them beside latents.
+
+    draws: pictures are read anew each time, and may be drawn or changed at random.
     """
 
     def __init__(self, dataset: Dataset, latents: Table | None = None, texts: Table | None = None):
         self.dataset, self.latents, self.texts = dataset, latents, texts
+        self.draws = latents is None
         self.captions = [dataset.caption(i) for i in range(len(dataset))]
         self.fingerprint = dataset.fingerprint
 
@@ -219,10 +223,11 @@ class CachedDataset(Dataset[dict]):
     def batch(self, indices: Sequence[int]) -> dict:
         """The items, stacked: what a collate function would make of them."""
         if self.latents is None:
-            items = [self.dataset[i] for i in indices]
-            out = {"image": torch.stack([item["image"] for item in items]), "key": [item["key"] for item in items]}
+            out = default_collate([self.dataset[i] for i in indices])
         else:
             out = {**self.latents.take(indices), "key": [self.latents.keys[i] for i in indices]}
+            if hasattr(self.dataset, "extra"):
+                out |= default_collate([self.dataset.extra(i) for i in indices])
         if self.texts is not None:
             text = self.texts.take(indices)
             states = text["text_states"].float()

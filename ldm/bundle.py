@@ -152,7 +152,7 @@ class Bundle(nn.Module):
             raise UserError(f"{path}: expected a name that ends in .safetensors or .ckpt")
 
     @torch.no_grad()
-    def generate(self, prompts: str | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
+    def generate(self, prompts: str | int | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
                  sampler: Spec | Callable | None = None, guidance: float | Mapping | None = None, seed: int = 0,
                  size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
                  times: Spec | Sequence[float] | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
@@ -164,7 +164,8 @@ class Bundle(nn.Module):
         every step: it depends neither on the other pictures nor, up to rounding, on the batch size.
 
         Args:
-            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]}.
+            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]} or {"class": [3, 5]}, where a
+                single number is that of all; or how many pictures, without any.
             sampler: a name in SAMPLERS, {"name": "ddim", "eta": 0.5}, or a function like those.
             guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale"} what is to be
                 another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891).
@@ -322,17 +323,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _batch(prompts: str | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
-    if isinstance(prompts, Mapping):
+def _batch(prompts: str | int | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
+    if isinstance(prompts, int):
+        batch = {"caption": [""] * prompts}
+    elif isinstance(prompts, Mapping):
         batch = dict(prompts)
     else:
         batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
-    batch = {key: value if isinstance(value, Tensor) or any(isinstance(each, str) for each in value) else torch.as_tensor(value)
-             for key, value in batch.items()}  # fmt: skip
-    lengths = {key: len(value) for key, value in batch.items()}
+    batch = {key: value if _is_text(value) else torch.as_tensor(value) for key, value in batch.items()}
+    lengths = {key: len(value) for key, value in batch.items() if not isinstance(value, Tensor) or value.ndim}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")
-    return batch, next(iter(lengths.values()))
+    n = next(iter(lengths.values()))
+    return {key: value if key in lengths else value.expand(n) for key, value in batch.items()}, n
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Sequence) and any(isinstance(each, str) for each in value)
 
 
 def _parts(n: int, size: int | None) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.app.stages import Stage
 from ldm.bundle import Bundle
@@ -20,7 +20,7 @@ from ldm.common.config import Cache, Sampling, section
 from ldm.common.files import UserError
 from ldm.conditioners.captions import STORED
 from ldm.conditioners.prompts import reading
-from ldm.data.loader import make_loader
+from ldm.data.loader import Placed, make_loader
 from ldm.load import load, read
 
 Tell = Callable[[str], None]
@@ -128,6 +128,15 @@ def prompts(stage: Stage) -> list[str]:
     return list(islice(cycle(texts), max(sampling.count, len(sampling.prompts or []))))
 
 
+def shown(stage: Stage) -> dict:
+    """The batch that sheets are drawn for: the captions of ``prompts``, and what else the items of the validation or training
+    data hold, the first ones again and again, as a run would begin with them."""
+    captions, dataset = prompts(stage), stage.validation or stage.train
+    placed = Placed(dataset, stage.seed)
+    batch = default_collate([placed[(i, i % len(dataset))] for i in range(len(captions))])
+    return {key: value for key, value in batch.items() if key not in ("key", "position")} | {"caption": captions}
+
+
 def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell
              ) -> tuple[Dataset, Dataset | None, Callable[[Any], Panel]]:
     """-> training data, validation data, and what sheets show: from caches where the config says so."""
@@ -162,8 +171,8 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
            ) -> tuple[Dataset, Dataset | None, dict]:
     """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
     the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
-    wanted, batch = section(stage.config, Cache), {"caption": prompts(stage)}
-    key = getattr(module.conditioner, "states_hash", None)
+    wanted, batch = section(stage.config, Cache), shown(stage)
+    key = getattr(module.conditioner, "states_hash", None) if wanted.text else None
     encodes = module.conditioner.encode if key else None
     if wanted.text and not key and hasattr(module.conditioner, "encode"):
         tell(f"{stage.label}: text states are not kept: what makes them is trained")
