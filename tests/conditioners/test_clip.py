@@ -119,6 +119,7 @@ def test_it_is_made_without_contents_and_filled_by_assignment():
     made = clip(pooled="state")
     planned = without_weights(lambda: ClipText(**SIZE, pooled="state"))
     assert planned.device.type == "meta" and "vocabulary.text" not in planned.state_dict()
+    assert planned({"caption": ids([320])}).tokens.shape == (1, 20, 16) and planned.null(2).vector.is_meta
     planned.load_state_dict(made.state_dict(), assign=True)
     assert torch.equal(planned({"caption": ["a cat"]}).tokens, made({"caption": ["a cat"]}).tokens)
     assert planned.transformer.token.weight.data_ptr() == made.transformer.token.weight.data_ptr()
