@@ -108,6 +108,12 @@ def shaped(value: Any, key: str, owner: nn.Module, shape: Sequence[int | None]) 
     return value
 
 
+def like(x: Tensor, layer: nn.Module) -> Tensor:
+    """x where the layer's weights are, in their precision; as it is where it has none."""
+    weight = next(layer.parameters(), None)
+    return x if weight is None else x.to(weight)
+
+
 def encoded(conditioner: nn.Module | None, autoencoder: Autoencoder, batch: Mapping[str, Any],
             size: Sequence[int] | None = None) -> dict[str, Any]:
     """The batch with what a conditioner cannot know by itself: "latent_size", height and width of the latents, and
