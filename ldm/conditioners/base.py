@@ -100,6 +100,7 @@ def tensor(batch: Mapping[str, Any], key: str, owner: nn.Module, shape: Sequence
 
 
 def shaped(value: Any, key: str, owner: nn.Module, shape: Sequence[int | None]) -> Tensor:
+    """The value as a tensor (B, *shape), as ``tensor`` has it."""
     value = torch.as_tensor(value)
     sides = zip(shape, value.shape[1:], strict=False)
     if value.ndim != len(shape) + 1 or any(side not in (None, found) for side, found in sides):

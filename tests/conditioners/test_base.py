@@ -1,5 +1,7 @@
 """The contract of conditioners, on ones that are made of it alone; and what is added to a batch before they see it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +123,11 @@ def test_all_of_them_work_in_half_precision(make):
             assert (x is None) == (y is None)
             if x is not None:
                 torch.testing.assert_close(x, y.float(), atol=0.1, rtol=0.1)
+
+
+def test_one_of_your_own_as_the_docs_have_it():
+    page = (Path(__file__).parents[2] / "docs/conditioning.md").read_text()
+    names = {"Conditioner": Conditioner, "Cond": Cond, "tensor": tensor, "torch": torch}
+    exec(page.split("## One of your own")[1].split("```python")[1].split("```")[0], names)
+    cond, null = names["Weather"]().with_null({"weather": torch.ones(2, 3)})
+    assert cond.vector.eq(1).all() and not null.vector.any() and names["Weather"]().example(torch.zeros(1, 4, 8, 8)).vector.shape == (1, 3)
