@@ -20,7 +20,7 @@ from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
-from ldm.interop import adm, compvis, compvis_models, diffusers, pickles
+from ldm.interop import adm, compvis, compvis_models, diffusers, diffusers_pipelines, pickles
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,9 @@ def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
     """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
+    folder = Path(path).expanduser()
+    if diffusers_pipelines.holds(folder):
+        return Checkpoint(folder, *diffusers_pipelines.read(folder), foreign=True)
     file, about, tensors, step = _contents(path)
     if about is None:
         reader = _reader(tensors)
@@ -170,9 +173,6 @@ def find(path: Path) -> Path:
         folder = path.parent
         near = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
         raise UserError(f"{path}: no such file or folder" + (f"; nearest: {folder / near}" if near else ""))
-    if (path / "model_index.json").is_file():
-        vae = next((f"; its autoencoder alone is in {part}" for part in (path / "vae", path / "vqvae") if part.is_dir()), "")
-        raise UserError(f"{path}: this is a pipeline folder of diffusers{vae}; {READ}")
     tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", *(path / name for name in diffusers.WEIGHTS)]
     if (path / "DONE").is_file():
         named = json.loads((path / "DONE").read_text()).get("checkpoint")
