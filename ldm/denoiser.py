@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoencoder.base import Autoencoder
 from ldm.common.build import Block, build, is_block
 from ldm.cond import Cond
-from ldm.parameterization import PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
+from ldm.parameterization import MOVING, PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
 from ldm.process import Process, in_double
 
 LearnedVariance = Literal["fixed", "learned", "learned_range"]
@@ -84,12 +84,14 @@ def linear_map(process: Process, parameterization: str | Parameterization, t: Te
     here = process.exact(t)
     if parameterization in STEPWISE:
         return (*here, *STEPWISE[parameterization](*here, *process.exact(t - 1)))
+    if parameterization in MOVING:
+        return (*here, *MOVING[parameterization](*process.rates(t)))
     return (*here, *_pair(parameterization)(*here))
 
 
 def impossible(process: Process, parameterization: str | Parameterization, variance: str = "fixed") -> list[str]:
     """Why these do not go together; empty if they do."""
-    names = (*PARAMETERIZATIONS, *STEPWISE)
+    names = (*PARAMETERIZATIONS, *STEPWISE, *MOVING)
     if parameterization not in names and not callable(parameterization):
         return [f"no parameterization {parameterization!r}; there are {', '.join(names)}"]
     if variance not in get_args(LearnedVariance):
@@ -133,7 +135,7 @@ def build_denoiser(network: Block, process: Process, parameterization: str | Blo
     """
     taken, given = (autoencoder.channels * (2 if twice else 1) for twice in (self_conditioning, variance != "fixed"))
     network = build(network, allowed=allowed, in_channels=taken, out_channels=given,
-                    context_dim=getattr(conditioner, "width", None), vector_dim=None)
+                    context_dim=getattr(conditioner, "width", None), vector_dim=getattr(conditioner, "vector_width", None))
     if is_block(parameterization):
         parameterization = build(parameterization, allowed=allowed)
     with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
