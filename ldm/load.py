@@ -18,11 +18,12 @@ from ldm.bundle import Bundle
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
-from ldm.interop import compvis, diffusers, pickles
+from ldm.interop import compvis, diffusers, dit, dit_diffusers, pickles
 
 log = logging.getLogger(__name__)
 
-READ = "read are a .ckpt or .safetensors that this program wrote, a run folder, and autoencoders of CompVis and diffusers"
+READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, autoencoders of CompVis and diffusers, DiT "
+        "and SiT")
 PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages")  # what only training needs
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
@@ -71,7 +72,7 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
 
     Args:
         path: .ckpt or .safetensors, or a run folder, of which the finished or else the last checkpoint is taken.
-            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers.
+            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers, a DiT or SiT.
         config: of a foreign file, the yaml that it was trained with; None: the architecture is read from the shapes.
             Our own files hold theirs, which is used; one given here is compared with it.
         ema: take the averaged weights, if there are any, in place of those that the optimizer moves.
@@ -107,6 +108,7 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
     tensors = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
     if about is None:
         readers = [reader for reader in (compvis, diffusers) if reader.holds_autoencoder(tensors)]
+        readers += [reader for reader in (dit, dit_diffusers) if reader.holds(tensors)]
         if not readers:
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
         tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
@@ -114,6 +116,8 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
         if config is None and readers[0] is diffusers and beside.is_file():
             config = diffusers.read_config(beside)
         given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+        if readers[0] in (dit, dit_diffusers) and (beside := file.parent / readers[0].CONFIG).is_file():
+            given = diffusers.read_config(beside) | dict(given or {})
         return Checkpoint(file, *readers[0].read(tensors, plain(given), str(file)), step, foreign=True)
     if about.get("kind") not in ("diffusion", "autoencoder") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
@@ -172,10 +176,10 @@ def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
-    state = saved.get("state_dict", saved)
+    state = dit.flat(saved.get("state_dict", saved))
     state = state if isinstance(state, dict) else {}
     tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
-    if refused and ("ldm" in saved or not compvis.holds_autoencoder(tensors)):
+    if refused and ("ldm" in saved or not (compvis.holds_autoencoder(tensors) or dit.holds(tensors))):
         raise UserError(f"{file}: holds more than tensors and plain data ({refused}), which could run code and "
                         f"is not read; {READ}")
     return saved.get("ldm"), tensors, saved.get("global_step")

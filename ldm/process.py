@@ -93,8 +93,10 @@ class Process:
 
     def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha' = d alpha / du and sigma' in fp64, u the ``share`` of the way: dx_t / du = alpha' x0 + sigma' eps."""
-        way = torch.full_like(t, self.t_max - self.t_data)
-        return torch.func.jvp(self.exact, (t,), (way,))[1]
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().clone().requires_grad_()
+            return tuple((self.t_max - self.t_data) * torch.autograd.grad(c.sum(), t, retain_graph=True)[0]
+                         if c.requires_grad else torch.zeros_like(t) for c in self.exact(t))  # fmt: skip
 
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda(t) = log(alpha / sigma), half of the log signal-to-noise ratio (DPM-Solver, 2206.00927)."""

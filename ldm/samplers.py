@@ -558,11 +558,11 @@ DIFFUSIONS: dict[str, Callable[[float, float, float, float], float]] = {  # (nor
 
 
 def diffusion_of(form: str, process: Process, t: float, norm: float = 1.0) -> float:
-    """w at t (SiT, 2401.08740, section 2.4 and table 9). "sbdm" is that of the process itself, sigma sigma' - sigma^2 alpha' /
-    alpha, half of g^2 of 2011.13456; infinite at pure noise, where it is put to 0 here."""
+    """w at t (SiT, 2401.08740). "sbdm" is that of the process itself, sigma sigma' - sigma^2 alpha' / alpha, half of g^2 of
+    2011.13456; it grows without limit towards pure noise, begin below it. At pure noise itself it is put to 0 here."""
     alpha, sigma = (float(c) for c in process.exact(torch.tensor(t, dtype=torch.float64)))
     alpha_rate, sigma_rate = _rates(process, t)
-    own = sigma * (sigma_rate - sigma * alpha_rate / alpha) if alpha > 0 else 0.0
+    own = sigma * (sigma_rate - sigma * alpha_rate / alpha) if alpha > 1e-9 else 0.0
     return DIFFUSIONS[form](norm, process.share(t), sigma, own)
 
 

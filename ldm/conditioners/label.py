@@ -25,7 +25,7 @@ class ClassLabel(nn.Module):
 
     def __init__(self, classes: int, width: int, to: Literal["vector", "tokens"] = "vector", dropout: float = 0.1):
         super().__init__()
-        self.classes, self.to, self.dropout = classes, to, dropout
+        self.classes, self.field, self.dropout = classes, to, dropout
         self.width, self.vector_width = (width, None) if to == "tokens" else (None, width)
         self.embedding = nn.Embedding(classes + 1, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -41,4 +41,4 @@ class ClassLabel(nn.Module):
 
     def _of(self, labels: Tensor) -> Cond:
         embedded = self.embedding(labels)
-        return Cond(vector=embedded) if self.to == "vector" else Cond(tokens=embedded[:, None])
+        return Cond(vector=embedded) if self.field == "vector" else Cond(tokens=embedded[:, None])

@@ -108,7 +108,7 @@ class DiT(nn.Module):
         embedders: "own" gives every block a time embedder of its own, and its own part of the vector (depth x width
             numbers if direct), as diffusers has it; the output takes the first block's.
         told: what the time embedding is told of clean data and of pure noise: [0, 1000] DDPM's steps; SiT's is [1, 0].
-        max_period: of the time embedding.
+        endpoint: of the time embedding's frequencies, see ``timestep_embedding``; diffusers has it.
         qk_norm, dropout: see the layers. mlp_eps: of the feed-forward layer's norm; diffusers has 1e-5 there.
         checkpointing: recompute activations in the backward pass (less memory, +1/3 time).
 
@@ -123,13 +123,13 @@ class DiT(nn.Module):
                  text: Literal["cross", "in_context"] = "cross", positions: Literal["sincos", "rotary"] = "sincos",
                  base_size: int | None = None, vector: Literal["mlp", "direct"] = "mlp",
                  embedders: Literal["shared", "own"] = "shared", told: list[float] = (0.0, 1000.0),
-                 max_period: float = 10000.0, qk_norm: bool = False, mlp_eps: float = 1e-6, dropout: float = 0.0,
+                 endpoint: bool = False, qk_norm: bool = False, mlp_eps: float = 1e-6, dropout: float = 0.0,
                  checkpointing: bool = False):
         super().__init__()
         own = depth if embedders == "own" else 1
         _check(width, heads, own, vector_dim, vector, positions)
         self.patch_size = self.multiple = patch_size  # x's sides have to be multiples of this
-        self.positions, self.base_size, self.told, self.max_period = positions, base_size, tuple(told), max_period
+        self.positions, self.base_size, self.told, self.endpoint = positions, base_size, tuple(told), endpoint
         self.checkpointing = checkpointing
 
         self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
@@ -186,7 +186,7 @@ class DiT(nn.Module):
     def _embed(self, time: Tensor, cond: Cond, dtype: torch.dtype) -> list[Tensor]:  # of (B,D)
         first, last = self.told
         told = first + (last - first) / 1000 * time.float()
-        features = timestep_embedding(told, FREQUENCIES, self.max_period).to(dtype)
+        features = timestep_embedding(told, FREQUENCIES, endpoint=self.endpoint).to(dtype)
         parts = [None] * len(self.embedders)
         if self.embedders[0].vector is not None:
             parts = cond.vector.to(dtype).chunk(len(parts), dim=-1)

@@ -17,13 +17,15 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def timestep_embedding(time: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(time: Tensor, dim: int, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:
     """(B,) -> (B, dim): [cos(time * f_k), sin(time * f_k)], f_k = max_period^(-k / half) (DDPM, 2006.11239).
 
-    ``time`` is in training steps, 0..1000, whatever the process; an odd ``dim`` ends in a zero.
+    ``time`` is in training steps, 0..1000, whatever the process; an odd ``dim`` ends in a zero. ``endpoint``: the slowest
+    is 1 / max_period itself, f_k = max_period^(-k / (half - 1)).
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=time.device, dtype=torch.float32) / half)
+    last = half - 1 if endpoint else half
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=time.device, dtype=torch.float32) / last)
     angles = time.float()[:, None] * freqs
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
