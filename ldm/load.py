@@ -22,8 +22,8 @@ from ldm.interop import compvis, diffusers, dit, dit_diffusers, pickles
 
 log = logging.getLogger(__name__)
 
-READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, autoencoders of CompVis and diffusers, DiT "
-        "and SiT")
+READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, and autoencoders of CompVis and diffusers, "
+        "DiT and SiT")
 PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages")  # what only training needs
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
