@@ -570,9 +570,9 @@ def reverse_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *,
                 diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"] = "sigma",
                 norm: float = 1.0, last_step: Literal["mean", "tweedie", "euler"] | None = "mean",
                 callback: Callback | None = None, noise: Noise | None = None) -> Tensor:
-    """The SDE with the marginals of the probability-flow ODE and as much noise as one likes (SiT, 2401.08740, eq. 5), walked
+    """The SDE with the marginals of the probability-flow ODE and as much noise as one likes (SiT, 2401.08740), walked
     towards the data: dx = (-x' + w score) dv + sqrt(2 w) dW, v = 1 - u, u the share of the way to pure noise, x' = alpha' x0 +
-    sigma' eps, score = -eps / sigma.
+    sigma' eps, score = -eps / sigma. w is half of the paper's, as in its code.
 
     Args:
         method: Euler-Maruyama, or stochastic Heun (the noise first, then Heun's step).

@@ -117,7 +117,7 @@ class VLB(Weight):
 
 
 class Velocity(Weight):
-    """1 on the error of x' = alpha' x0 + sigma' eps (2401.08740, section 2.2): parameterization "velocity" without weight."""
+    """1 on the error of x' = alpha' x0 + sigma' eps (SiT, 2401.08740): parameterization "velocity" without weight."""
 
     def scaled(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         raise ValueError("weight 'velocity' depends on the rates of the process: take Velocity().at(process, t), as "
