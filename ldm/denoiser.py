@@ -50,7 +50,11 @@ class Denoiser(nn.Module):
         parameterization says how; spatial conditions are appended after x_t's channels, then the estimate of x0."""
         c_in = getattr(_pair(self.parameterization), "c_in", None)
         x = x_t if c_in is None else x_t * _beside(c_in(*self.process.exact(in_double(t))), x_t).to(x_t.dtype)
-        x = x if cond.spatial is None else torch.cat([x, cond.spatial.to(x.dtype)], dim=1)
+        if cond.spatial is not None:
+            if cond.spatial.shape[2:] not in ((1, 1), x.shape[2:]):
+                raise ValueError(f"spatial condition {tuple(cond.spatial.shape)} beside x_t {tuple(x_t.shape)}: height and "
+                                 "width have to be the same, or 1")
+            x = torch.cat([x, cond.spatial.expand(-1, -1, *x.shape[2:]).to(x)], dim=1)
         if self.self_conditioning:
             x = torch.cat([x, torch.zeros_like(x_t) if estimate is None else estimate.to(x.dtype)], dim=1)
         return self.network(x, self.process.time(t), cond)
@@ -134,6 +138,7 @@ def build_denoiser(network: Block, process: Process, parameterization: str | Blo
     Convolutions are laid out channels-last: token sequences are then views of feature maps.
     """
     taken, given = (autoencoder.channels * (2 if twice else 1) for twice in (self_conditioning, variance != "fixed"))
+    taken += 0 if conditioner is None else conditioner.beside(autoencoder.channels)
     network = build(network, allowed=allowed, in_channels=taken, out_channels=given,
                     context_dim=getattr(conditioner, "width", None), vector_dim=getattr(conditioner, "vector_width", None))
     if is_block(parameterization):

@@ -15,6 +15,7 @@ from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
+from ldm.conditioners.base import Draw, encoded
 from ldm.denoiser import build_denoiser, impossible
 from ldm.densities import Density, Uniform
 from ldm.latents import Spread, check_scale, spread
@@ -32,8 +33,8 @@ class DiffusionModule(pl.LightningModule):
     With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``), which main.py adds.
 
     A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
-    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
-    the run, from which all randomness follows.
+    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); what other conditioners take; and always "position"
+    (B,), the samples' places in the run, from which all randomness follows.
 
     Args:
         autoencoder, seed, sampling: given by the program.
@@ -99,10 +100,14 @@ class DiffusionModule(pl.LightningModule):
     def training_step(self, batch: dict, index: int) -> Tensor:
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
+
+        def draw(stream: str) -> Tensor:  # (B,)
+            return uniform(self.seed, stream, positions, z.device)
+
         t = self.loss.times(positions, self.seed, self.model["denoiser"].process, z.device)
         noise = self.loss.noise(z, positions, self.seed)
-        cond = self.condition(self.model, batch, uniform(self.seed, "drop", positions, z.device))
-        again = uniform(self.seed, "again", positions, z.device) < 0.5
+        cond = self.condition(self.model, batch, z, draw)
+        again = draw("again") < 0.5
         losses = self.loss(self.model["denoiser"], z, cond, t, noise, again)
         loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
         self.images_seen += len(z) * self.trainer.world_size
@@ -117,7 +122,7 @@ class DiffusionModule(pl.LightningModule):
         share = uniform(self.seed, "val/t", positions, z.device)
         models = {"val/loss": self.model} | ({} if self.ema is None else {"val/loss_ema": self.ema.shadow})
         for name, model in models.items():
-            cond, losses = self.condition(model, batch), []
+            cond, losses = self.condition(model, batch, z), []
             for quarter in range(QUARTILES):
                 t = Uniform()((quarter + share) / QUARTILES, model["denoiser"].process)
                 losses.append(diffusion_loss(model["denoiser"], z, cond, t, noise).mean())
@@ -154,13 +159,13 @@ class DiffusionModule(pl.LightningModule):
         check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
         return found
 
-    def condition(self, model: nn.ModuleDict, batch: dict, chance: Tensor | None = None) -> Cond:
-        """The batch's condition; with ``chance`` (B,) uniform numbers, captions are dropped as the conditioner says."""
+    def condition(self, model: nn.ModuleDict, batch: dict, z: Tensor, draw: Draw | None = None) -> Cond:
+        """The condition of latents z (B,C,h,w); with ``draw`` some of it is dropped, as the conditioner says."""
         conditioner = _conditioner(model)
         if conditioner is None:
             return Cond()
-        cond = conditioner(batch)
-        return cond if chance is None or not conditioner.dropout else conditioner.drop(cond, chance >= conditioner.dropout)
+        batch = encoded(conditioner, self.autoencoder, batch, z.shape[2:])
+        return conditioner(batch) if draw is None else conditioner.with_dropout(batch, draw)
 
     def configure_optimizers(self) -> dict:
         optimizer = make_optimizer(self.optimizer, nn.ModuleDict({"model": self.model, "loss": self.loss}))

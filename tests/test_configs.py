@@ -71,7 +71,7 @@ def test_its_model_is_built_and_a_picture_passes_through(path, surveyed):
     assert found.trainable > 0 and all(flops > 0 for flops in found.flops.values())
     assert {"autoencoder": "autoencoder", "diffusion": "network"}[found.stage.kind] in found.flops
     frozen = [part.name for part in found.parts if part.frozen and not part.trainable]
-    assert set(frozen) <= {"autoencoder", "text encoder", "averaged (ema)", "loss"}
+    assert set(frozen) <= {"autoencoder", "text encoder", "picture encoder", "averaged (ema)", "loss"}
 
 
 @EVERY

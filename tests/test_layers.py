@@ -18,6 +18,7 @@ LAYERS = {
 }
 ALSO = {  # arrows within a layer: reading goes through `load`, a posterior is guidance by r(x), the programs stand on everything
     ("ldm.load", "ldm.interop"),
+    ("ldm.conditioners", "ldm.networks"),
     ("ldm.loss", "ldm.likelihood"),
     ("ldm.process", "ldm.betas"),
     ("ldm.edit", "ldm.guidance"),

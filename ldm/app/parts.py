@@ -1,6 +1,7 @@
 """What a training is put together from: loaders, the first stage's autoencoder, caches, what checkpoints say of themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.app.stages import Stage
 from ldm.bundle import Bundle
@@ -17,7 +18,9 @@ from ldm.callbacks.images import Panel, reconstructions, samples
 from ldm.common.build import build
 from ldm.common.config import Cache, Sampling, section
 from ldm.common.files import UserError
-from ldm.data.loader import make_loader
+from ldm.conditioners.captions import STORED
+from ldm.conditioners.prompts import reading
+from ldm.data.loader import Placed, make_loader
 from ldm.load import load, read
 
 Tell = Callable[[str], None]
@@ -125,6 +128,15 @@ def prompts(stage: Stage) -> list[str]:
     return list(islice(cycle(texts), max(sampling.count, len(sampling.prompts or []))))
 
 
+def shown(stage: Stage) -> dict:
+    """The batch that sheets are drawn for: the captions of ``prompts``, and what else the items of the validation or training
+    data hold, the first ones again and again, as a run would begin with them."""
+    captions, dataset = prompts(stage), stage.validation or stage.train
+    placed = Placed(dataset, stage.seed)
+    batch = default_collate([placed[(i, i % len(dataset))] for i in range(len(captions))])
+    return {key: value for key, value in batch.items() if key not in ("key", "position")} | {"caption": captions}
+
+
 def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell
              ) -> tuple[Dataset, Dataset | None, Callable[[Any], Panel]]:
     """-> training data, validation data, and what sheets show: from caches where the config says so."""
@@ -159,9 +171,13 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
            ) -> tuple[Dataset, Dataset | None, dict]:
     """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
     the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
-    wanted, batch = section(stage.config, Cache), {"caption": prompts(stage)}
-    encodes = getattr(module.conditioner, "encode", None)
-    if not (wanted.latents or (wanted.text and encodes)):
+    wanted, batch = section(stage.config, Cache), shown(stage)
+    key = getattr(module.conditioner, "states_hash", None) if wanted.text else None
+    encodes = module.conditioner.encode if key else None
+    if wanted.text and not key and hasattr(module.conditioner, "encode"):
+        tell(f"{stage.label}: text states are not kept: what makes them is trained")
+    wanted = replace(wanted, text=wanted.text and encodes is not None)
+    if not (wanted.latents or wanted.text):
         return stage.train, stage.validation, batch
     disk = import_module("autoencoder.cached")  # by name: ldm knows no concrete part of stage 1
     root, workers = wanted.dir or Path(logdir) / "cache", stage.config["loader"].get("workers", 0)
@@ -172,16 +188,16 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
         if wanted.latents:
             latents = disk.write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
                                     progress=_pace(tell, f"{stage.label}: latents"))  # fmt: skip
-        if wanted.text and encodes:
-            texts = disk.write_text(dataset, encodes, module.conditioner.encoder_hash, root,
+        if wanted.text:
+            texts = disk.write_text(dataset, encodes, key, root,
                                progress=_pace(tell, f"{stage.label}: text states"))  # fmt: skip
         return disk.CachedDataset(dataset, latents, texts)
 
     tell(f"{stage.label}: what is computed once ({' and '.join(_names(wanted))}) is kept in {root}")
     train, validation = stored(stage.train), None if stage.validation is None else stored(stage.validation)
-    if wanted.text and encodes:
-        states, mask = encodes(batch["caption"])
-        batch |= {"text_states": states, "text_mask": mask}
+    if wanted.text:
+        with reading(module.conditioner, stage.sampling.get("prompt_weights")):
+            batch |= dict(zip(STORED, encodes(batch["caption"]), strict=False))
         conditioners = [part for part in module.modules() if hasattr(part, "null_states")]  # the averaged one as well
         for part in conditioners:
             part.null_states()  # guidance compares with it

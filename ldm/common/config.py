@@ -65,7 +65,8 @@ class Guidance(TypedDict, total=False):
 class Sampling:
     """How pictures are made where nothing else is asked for; stored with the model. sampler, times: a name, or name and
     options ({name: karras, rho: 5}); times: also a list of times, which is brought to that many steps. count: pictures in a
-    sample grid; prompts: their captions (null: captions of the validation data), repeated as needed."""
+    sample grid; prompts: their captions (null: captions of the validation data), repeated as needed. prompt_weights: prompts
+    may have weights in them, "(word:1.3)" (null: as the conditioner is set)."""
 
     sampler: str | dict = "dpmpp_2m"
     steps: int = 20
@@ -73,6 +74,7 @@ class Sampling:
     guidance: float | Guidance = 3.0
     prompts: list[str] | None = None
     count: int = 8
+    prompt_weights: bool | None = None
     check_params = staticmethod(at_least(steps=1, count=1))
 
 

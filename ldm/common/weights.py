@@ -22,6 +22,12 @@ def without_weights(make: Callable[[], nn.Module]) -> nn.Module:
     return make() if lost else module
 
 
+def required(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights but for those that a checkpoint may hold or not, of any size (a part's ``optional``: names of buffers)."""
+    free = {f"{name}.{key}" for name, part in module.named_modules() for key in getattr(part, "optional", ())}
+    return {key: value for key, value in weights.items() if key not in free}
+
+
 def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
     """What is missing, misshapen or too much, part by part (the first word of the names); "" where all fits."""
     fits = {key for key in expected.keys() & given.keys() if expected[key].shape == given[key].shape}

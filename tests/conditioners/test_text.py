@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.common.files import UserError
+from ldm.conditioners.captions import REPORTED
 from ldm.conditioners.none import Unconditional
-from ldm.conditioners.text import REPORTED, TextConditioner
+from ldm.conditioners.text import TextConditioner
 
 WIDTH = 16
 CAPTIONS = ["a red circle", "two small blue squares on a green field", ""]
@@ -137,10 +138,10 @@ def test_null_is_the_empty_caption(folder):
     assert torch.equal(null.mask, empty.mask)
 
 
-def test_drop_replaces_only_what_is_not_kept(bert):
+def test_dropout_replaces_the_captions_whose_number_is_below_it(bert):
     conditioner = TextConditioner(bert, dropout=0.1)
     cond = conditioner({"caption": CAPTIONS})
-    dropped = conditioner.drop(cond, torch.tensor([True, False, True]))
+    dropped = conditioner.with_dropout({"caption": CAPTIONS}, {"drop": torch.tensor([0.1, 0.09, 0.7])}.get)
     assert torch.equal(dropped.tokens[[0, 2]], cond.tokens[[0, 2]])
     length = conditioner.null(1).tokens.shape[1]
     assert torch.equal(dropped.tokens[1, :length], conditioner.null(1).tokens[0])
@@ -159,7 +160,8 @@ def test_the_empty_caption_outlives_the_encoder(bert):
 
 def test_unconditional_is_a_conditioner_too():
     none = Unconditional()
-    cond = none.drop(none({"image": torch.zeros(2, 3, 4, 4)}), torch.tensor([True, False]))
+    cond, null = none.with_null({"image": torch.zeros(2, 3, 4, 4)})
+    assert null is None
     assert (cond.tokens, cond.vector, cond.spatial, none.null(2).tokens) == (None, None, None, None)
 
 
@@ -203,7 +205,7 @@ def test_many_cut_captions_do_not_flood_the_log(bert, caplog):
 
 def test_cut_captions_can_be_refused(bert):
     with pytest.raises(UserError, match="more than 8 tokens.*'many'"):
-        TextConditioner(bert, max_length=8, truncate="error").encode(["red blue small circle red blue many"])
+        TextConditioner(bert, max_length=8, long="error").encode(["red blue small circle red blue many"])
 
 
 # ---- options
@@ -216,7 +218,7 @@ def test_cut_captions_can_be_refused(bert):
         ({"layer": [0, -5]}, "layer -5"),
         ({"max_length": 41}, "max_length 41.*3 to 40"),
         ({"dropout": 1.5}, "dropout 1.5"),
-        ({"truncate": "chunk"}, "'report' or 'error'"),
+        ({"long": "chunk"}, "'cut', 'error', 'window'"),
         ({"depth": 1, "heads": 3}, "heads 3: must divide the token width 16"),
         ({"encoder": "/no/such/folder"}, "/no/such/folder: no such folder"),
     ],
