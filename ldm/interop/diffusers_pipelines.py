@@ -16,8 +16,17 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.build import near
 from ldm.common.files import UserError
-from ldm.interop import component, diffusers, diffusers_unet, schedulers, text_folders, text_names, unet_names
-from ldm.interop.compvis_conditions import CLASSES, GUIDED, Part, joined
+from ldm.interop import (
+    component,
+    diffusers,
+    diffusers_unet,
+    dit_diffusers,
+    schedulers,
+    text_folders,
+    text_names,
+    unet_names,
+)
+from ldm.interop.compvis_conditions import CLASSES, DROPOUT, GUIDED, Part, joined
 from ldm.interop.folding import unfolded
 from ldm.interop.rows import Row, check, existing, inside, pair, to_us
 
@@ -26,7 +35,6 @@ SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "watermark", 
            "tokenizer_2", "scheduler", "low_res_scheduler", "image_noising_scheduler", "image_normalizer", "unet", "vae",
            "vqvae", "text_encoder", "text_encoder_2", "bert", "depth_estimator")  # fmt: skip
 STEPS = 50  # where nothing else is asked for, as the pipelines there
-DROPOUT = 0.1  # of captions, in the training of published models
 
 
 class Loaded(NamedTuple):
@@ -64,8 +72,11 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         UserError: for parts that are missing, damaged, or have no counterpart here.
     """
     index = component.read_json(path / INDEX)
+    if isinstance(index.get("transformer"), (list, tuple)) and index["transformer"][1] in dit_diffusers.NAMES:
+        return _transformer(Folder(path, index, {}, diffusers_unet.Sizes(0, 0)))
     if not isinstance(index.get("unet"), (list, tuple)):
-        raise UserError(f"{path}: a pipeline of diffusers without a unet ({index.get('_class_name')}); read are those with one")
+        raise UserError(f"{path}: a pipeline of diffusers without a unet ({index.get('_class_name')}); read are those with one, and "
+                        "DiT's")
     unknown = [name for name, said in index.items() if isinstance(said, (list, tuple)) and said[0] and name not in SKIPPED]
     if unknown:
         raise UserError(f"{path / INDEX}: parts that are not known here: {', '.join(unknown)}{near(unknown[0], SKIPPED)}")
@@ -96,6 +107,21 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if (path / KEPT).is_file():
         found = unfolded(found, component.tensors_in(path / KEPT))
     return {"kind": "diffusion", "config": config, "sampling": config["sampling"], "layout": "diffusers"}, found
+
+
+def _transformer(folder: Folder) -> tuple[dict, dict[str, Tensor]]:
+    """DiT's pipeline: a transformer, classes, an autoencoder. Its guidance is of the first three channels of four."""
+    config, tensors = component.read(folder.path / "transformer")
+    about, found = dit_diffusers.read(tensors, config, str(folder.path / "transformer"))
+    block, weights = _autoencoder(folder)
+    schedule = schedulers.read(folder.config("scheduler", "scheduler_config.json"), str(folder.path / "scheduler"), STEPS)
+    params = about["config"]["model"]["params"] | {"process": schedule.process, "parameterization": schedule.parameterization,
+                                                   "optimizer": {"target": "torch.optim.AdamW", "params": {"lr": 1e-4}}}
+    sampling = schedule.sampling | {"guidance": {"scale": 4.0, "channels": 3}, **_size(folder._replace(unet=config), block)}
+    ours = {"name": folder.path.name, "autoencoder": block, "model": about["config"]["model"] | {"params": params},
+            "sampling": sampling}  # fmt: skip
+    found = {name: value for name, value in found.items() if not name.startswith("autoencoder.")} | weights
+    return {**about, "config": ours, "sampling": sampling}, found
 
 
 def _size(folder: Folder, autoencoder: Mapping) -> dict:
