@@ -110,14 +110,14 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _transformer(folder: Folder) -> tuple[dict, dict[str, Tensor]]:
-    """DiT's pipeline: a transformer, classes, an autoencoder. Its guidance is of the first three channels of four."""
+    """DiT's pipeline: a transformer, classes, an autoencoder."""
     config, tensors = component.read(folder.path / "transformer")
     about, found = dit_diffusers.read(tensors, config, str(folder.path / "transformer"))
     block, weights = _autoencoder(folder)
     schedule = schedulers.read(folder.config("scheduler", "scheduler_config.json"), str(folder.path / "scheduler"), STEPS)
     params = about["config"]["model"]["params"] | {"process": schedule.process, "parameterization": schedule.parameterization,
                                                    "optimizer": {"target": "torch.optim.AdamW", "params": {"lr": 1e-4}}}
-    sampling = schedule.sampling | {"guidance": {"scale": 4.0, "channels": 3}, **_size(folder._replace(unet=config), block)}
+    sampling = schedule.sampling | {"guidance": 4.0, **_size(folder._replace(unet=config), block)}
     ours = {"name": folder.path.name, "autoencoder": block, "model": about["config"]["model"] | {"params": params},
             "sampling": sampling}  # fmt: skip
     found = {name: value for name, value in found.items() if not name.startswith("autoencoder.")} | weights
