@@ -30,7 +30,7 @@ Piece = tuple[dict, dict[str, Tensor]]  # config.json, weights
 
 
 def write(bundle: Bundle, path: Path) -> None:
-    """A folder that diffusers loads. Latents that are shifted, or scaled by channel, are at unit scale there already (see
+    """A folder that diffusers loads: a pipeline, or an autoencoder where that is all there is. Latents that are shifted, or scaled by channel, are at unit scale there already (see
     ``folding``); what was changed for that stands in ldm.safetensors, so that reading gives back every bit.
 
     Raises:
@@ -41,7 +41,11 @@ def write(bundle: Bundle, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _write(bundle, partial)
+        if bundle.denoiser is None:
+            weights, config = diffusers.write(bundle)
+            _part(partial, config, weights, "diffusion_pytorch_model")
+        else:
+            _write(bundle, partial)
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
