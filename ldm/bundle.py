@@ -165,8 +165,8 @@ class Bundle(nn.Module):
         every step: it depends neither on the other pictures nor, up to rounding, on the batch size.
 
         Args:
-            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]} or {"class": [3, 5]}; or how
-                many pictures, without any.
+            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]} or {"class": [3, 5]}, where a
+                single number is that of all; or how many pictures, without any.
             sampler: a name in SAMPLERS, {"name": "ddim", "eta": 0.5}, or a function like those.
             guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale"} what is to be
                 another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891).
@@ -339,12 +339,16 @@ def _batch(prompts: str | int | Sequence[str] | Mapping[str, Any]) -> tuple[dict
         batch = dict(prompts)
     else:
         batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
-    batch = {key: value if isinstance(value, Tensor) or any(isinstance(each, str) for each in value) else torch.as_tensor(value)
-             for key, value in batch.items()}  # fmt: skip
-    lengths = {key: len(value) for key, value in batch.items()}
+    batch = {key: value if _is_text(value) else torch.as_tensor(value) for key, value in batch.items()}
+    lengths = {key: len(value) for key, value in batch.items() if not isinstance(value, Tensor) or value.ndim}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")
-    return batch, next(iter(lengths.values()))
+    n = next(iter(lengths.values()))
+    return {key: value if key in lengths else value.expand(n) for key, value in batch.items()}, n
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Sequence) and any(isinstance(each, str) for each in value)
 
 
 def _parts(n: int, size: int | None) -> Iterator[slice]:

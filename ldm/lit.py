@@ -110,8 +110,8 @@ class DiffusionModule(OnLatents):
     """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
 
     A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
-    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
-    the run, from which all randomness follows.
+    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); what other conditioners take; and always "position"
+    (B,), the samples' places in the run, from which all randomness follows.
 
     Args:
         autoencoder, seed, sampling: given by the program.
