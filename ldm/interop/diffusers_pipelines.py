@@ -16,6 +16,8 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.build import near
 from ldm.common.files import UserError
+from ldm.conditioners.vocabulary import Vocabulary
+from ldm.conditioners.vocabulary import find as find_tokenizer
 from ldm.interop import (
     component,
     diffusers,
@@ -206,10 +208,12 @@ def _texts(folder: Folder) -> list[Loaded]:
         found.append(Loaded(Part(block["target"], block["params"] | {"vocabulary": None}, [], GUIDED), weights))
     if folder.has("bert"):
         tensors = component.read_weights(folder.path / "bert")
-        found_bert = text_names.infer(tensors, "", str(folder.path / "bert"), vocabulary="bert", dropout=DROPOUT)
-        params = {key: value for key, value in found_bert.block["params"].items() if value is not None}
-        weights = text_names.read(found_bert, tensors, str(folder.path / "bert"))
-        found.append(Loaded(Part(found_bert.block["target"], params, [], GUIDED), weights))
+        text = text_names.infer(tensors, "", str(folder.path / "bert"), dropout=DROPOUT)
+        params = {key: value for key, value in text.block["params"].items() if value is not None}
+        weights = text_names.read(text, tensors, str(folder.path / "bert"))
+        if (folder.path / "tokenizer").is_dir():
+            weights["vocabulary.text"] = Vocabulary(None).hold(find_tokenizer(str(folder.path / "tokenizer")))
+        found.append(Loaded(Part(text.block["target"], params | {"vocabulary": None}, [], GUIDED), weights))
     return found
 
 
