@@ -103,6 +103,13 @@ def plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace(INSERTED, ""): value for key, value in state.items() if MARK not in key}
 
 
+@torch.no_grad()
+def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Weights by the names of the module without adapters, which stay as they are."""
+    names = {key.replace(INSERTED, ""): key for key in module.state_dict() if MARK not in key}
+    module.load_state_dict({names[key]: value for key, value in weights.items()}, strict=False)
+
+
 def adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapters alone."""
     return {key: value for key, value in state.items() if MARK in key}

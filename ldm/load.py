@@ -31,7 +31,7 @@ PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
-    r"lora": "a LoRA, which changes another model and is none by itself",
+    "lora": "a LoRA, which changes another model and is none by itself",
     r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
@@ -128,9 +128,17 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
             config = diffusers.read_config(beside)
         given = config if config is None or isinstance(config, Mapping) else configs.load([config])
         return Checkpoint(file, *reader.read(tensors, plain(given), str(file)), step, foreign=True)
+    if about.get("kind") == "lora":
+        raise UserError(f"{file}: this is {FOREIGN['lora']}: give the model as --ckpt, this as --lora")
     if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
+
+
+def kind(path: str | Path) -> str:
+    """What a checkpoint holds: "diffusion", "autoencoder", "classifier", or "lora", which is no model by itself."""
+    _, about, *_ = _contents(path)
+    return "lora" if (about or {}).get("kind") == "lora" else read(path).about["kind"]
 
 
 def load_classifier(path: str | Path, config: str | Path | Mapping | None = None, *, ema: bool = True,

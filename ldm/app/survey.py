@@ -64,8 +64,9 @@ class Survey:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one checkpoint: weights, averages, the optimizer's moments."""
-        stored = sum(part.trainable + part.frozen for part in self.parts if part.stored)
+        """Bytes of one checkpoint: weights, averages, the optimizer's moments; of a LoRA training those of the changes."""
+        kept = [part for part in self.parts if part.stored]
+        stored = sum(part.trainable + part.frozen * (not self.stage.lora or part.name == EMA) for part in kept)
         return WORD * (stored + MOMENTS * self.trainable) + self.buffers
 
     @property
@@ -209,10 +210,11 @@ def _without_modules(block: dict) -> dict:
 
 
 def _parts(module: nn.Module) -> Iterator[Part]:
+    model = {id(p) for p in getattr(module, "model", nn.Module()).parameters()}
     for name, child in module.named_children():
         if name == "model":  # what is trained in stage 2, part by part
             yield from _parts(child)
-        elif weights := list(child.parameters()):
+        elif weights := [p for p in child.parameters() if id(p) not in model]:  # averages share what is frozen
             trainable = sum(p.numel() for p in weights if p.requires_grad)
             yield Part(EMA if name == "ema" else name, trainable, sum(p.numel() for p in weights) - trainable)
         for part in child.modules() if name == "conditioner" else ():

@@ -81,8 +81,9 @@ def run(args: argparse.Namespace) -> None:
         for name in ("precision", "autoencoder_precision", "tile"):
             if getattr(args, name) is None:
                 setattr(args, name, old.get(name))
+        args.lora = args.lora or old.get("lora") or []
     bundle = load_model(args)
-    facts = facts_of(bundle, args.batch_size, args.tile)
+    facts = facts_of(bundle, args.batch_size, args.tile) | ({"lora": args.lora} if args.lora else {})
     if args.from_image:
         warn_of_differences(args.from_image, facts)
     with enough_memory():
