@@ -47,12 +47,12 @@ def placed(stages: Sequence[Stage], resumed: bool) -> list[Stage]:
                                               if found == "autoencoder" else "give the config of such a model"))  # fmt: skip
 
 
-def origin(stage: Stage, trust: bool) -> tuple[Bundle, str]:
-    """The model that a stage begins with, and which of its weights that are. No other code is run than the config names."""
-    path, own = stage.init_from, targets(stage.config)
-    about = read(path)
-    bundle = load(path, trust=trust or targets(about.about.get("config")) <= own)
-    return bundle, "averaged (EMA) weights" if about.has_ema else "weights, of which there is one set,"
+def outline(stage: Stage, trust: bool) -> tuple[Bundle, bool]:
+    """The model that a stage begins with, without contents, and whether its file keeps averaged weights. No other code is run
+    than this config names."""
+    found = read(stage.init_from)
+    trust = trust or targets(found.about.get("config")) <= targets(stage.config)
+    return Bundle.from_config(found.about["config"], about=found.about, trust=trust), found.has_ema
 
 
 def parts_of(module: Any) -> dict[str, nn.Module]:
@@ -81,10 +81,10 @@ def misfits(stage: Stage, module: Any, bundle: Bundle) -> list[str]:
 def begin(stage: Stage, module: Any, trust: bool) -> str:
     """Puts the model's weights into a module, and into its averages; gives back a line about it. UserError where they do not
     fit."""
-    bundle, which = origin(stage, trust)
-    for line in misfits(stage, module, bundle):
+    sketch, averaged = outline(stage, trust)
+    for line in misfits(stage, module, sketch):
         raise UserError(line)
-    counts = []
+    bundle, counts = load(stage.init_from, trust=True), []  # what it names is known by now
     for name, part in parts_of(module).items():
         weights = getattr(bundle, name).state_dict()
         fill(part, weights)
@@ -99,6 +99,7 @@ def begin(stage: Stage, module: Any, trust: bool) -> str:
         if ema is not None:
             ema.shadow.load_state_dict(whole.state_dict())
     what = "frozen, under adapters that are trained" if stage.lora else "step 0, new optimizer"
+    which = "averaged (EMA) weights" if averaged else "weights, of which there is one set,"
     return f"{stage.label}: begins with the {which} of {stage.init_from}: {', '.join(counts)}; {what}"
 
 
@@ -107,7 +108,7 @@ def checked(stages: Sequence[Stage], modules: Sequence[Any], trust: bool) -> lis
     problems = []
     for stage, module in zip(stages, modules, strict=True):
         if stage.init_from is not None:
-            problems += misfits(stage, module, origin(stage, trust)[0])
+            problems += misfits(stage, module, outline(stage, trust)[0])
     return problems
 
 
