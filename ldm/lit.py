@@ -111,8 +111,8 @@ class DiffusionModule(OnLatents):
     """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
 
     A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
-    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
-    the run, from which all randomness follows.
+    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); what other conditioners take; and always "position"
+    (B,), the samples' places in the run, from which all randomness follows.
 
     Args:
         autoencoder, seed, sampling: given by the program.
@@ -137,10 +137,11 @@ class DiffusionModule(OnLatents):
 
     def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
                  process: Process | None = None,
-                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous"] | Preconditioned = "flow",
+                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous", "velocity"]
+                 | Preconditioned = "flow",
                  variance: Literal["fixed", "learned", "learned_range"] = "fixed",
                  density: Density | None = None,
-                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb"]
+                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb", "velocity"]
                  | Weight = "uniform",
                  distance: Literal["mse", "l1", "huber", "pseudo_huber"] | Huber | PseudoHuber = "mse",
                  uncertainty: Uncertainty | None = None, variational: Variational | None = None,

@@ -1,6 +1,7 @@
 """What a training is put together from: loaders, the first stage's autoencoder, caches, what checkpoints say of themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
@@ -182,14 +183,12 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
     """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
     the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
     wanted, batch = section(stage.config, Cache), shown(stage)
-    if wanted.latents and (pictures := getattr(module.conditioner, "encodes", None)):
-        raise UserError(f"cache.latents: the conditioner encodes pictures of the batch ({', '.join(pictures)}), which are not "
-                        "beside latents on disk; set cache.latents: false")
-    key = getattr(module.conditioner, "states_hash", None)
+    key = getattr(module.conditioner, "states_hash", None) if wanted.text else None
     encodes = module.conditioner.encode if key else None
     if wanted.text and not key and hasattr(module.conditioner, "encode"):
         tell(f"{stage.label}: text states are not kept: what makes them is trained")
-    if not (wanted.latents or (wanted.text and encodes)):
+    wanted = replace(wanted, text=wanted.text and encodes is not None)
+    if not (wanted.latents or wanted.text):
         return stage.train, stage.validation, batch
     disk = import_module("autoencoder.cached")  # by name: ldm knows no concrete part of stage 1
     root, workers = wanted.dir or Path(logdir) / "cache", stage.config["loader"].get("workers", 0)
@@ -200,14 +199,14 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
         if wanted.latents:
             latents = disk.write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
                                     progress=_pace(tell, f"{stage.label}: latents"))  # fmt: skip
-        if wanted.text and encodes:
+        if wanted.text:
             texts = disk.write_text(dataset, encodes, key, root,
                                progress=_pace(tell, f"{stage.label}: text states"))  # fmt: skip
         return disk.CachedDataset(dataset, latents, texts)
 
     tell(f"{stage.label}: what is computed once ({' and '.join(_names(wanted))}) is kept in {root}")
     train, validation = stored(stage.train), None if stage.validation is None else stored(stage.validation)
-    if wanted.text and encodes:
+    if wanted.text:
         with reading(module.conditioner, stage.sampling.get("prompt_weights")):
             batch |= dict(zip(STORED, encodes(batch["caption"]), strict=False))
         conditioners = [part for part in module.modules() if hasattr(part, "null_states")]  # the averaged one as well

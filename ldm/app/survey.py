@@ -103,7 +103,8 @@ class Survey:
         """Bytes on one device, by what they hold."""
         averaged = sum(part.frozen for part in self.parts if part.name == EMA)
         # a text encoder whose states are cached is not there while training
-        here = sum(part.trainable + part.frozen for part in self.parts if part.stored or not self.cache.text) - averaged
+        parts = [part for part in self.parts if part.name != "text encoder" or not self.cache.text]
+        here = sum(part.trainable + part.frozen for part in parts) - averaged
         activations = self.activations * self.stage.batch_size // (2 if self.half else 1)
         return {"weights": WORD * here, "gradients": WORD * self.trainable, "optimizer": WORD * MOMENTS * self.trainable,
                 "averaged": WORD * averaged, "activations": activations}  # fmt: skip
@@ -143,6 +144,8 @@ def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None
         found = Survey(stage, module, list(_parts(module)), world, size,
                        buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
                        recomputes=any(getattr(part, "checkpointing", False) for part in module.modules()))  # fmt: skip
+    if stage.kind == "diffusion":
+        check_cache(found.cache, module.conditioner)
     if size is not None:
         check_channels(stage, getattr(module.autoencoder, "image_channels", size[0]), size[0])
         walk = {"autoencoder": _walk_autoencoder, "diffusion": _walk_diffusion, "classifier": _walk_classifier}[stage.kind]
@@ -159,6 +162,13 @@ def check_channels(stage: Stage, taken: int, given: int) -> None:
         where = "model.params.autoencoder.params.image_channels" if alone else "autoencoder"
         raise UserError(f"{where}: {taken}{'' if alone else ' channels'}, but the pictures of data.train have {given} "
                         "(data.train.params.channels); give both the same")
+
+
+def check_cache(cache: Cache, conditioner: Any) -> None:
+    """UserError where latents come from disk and the conditioner wants pictures."""
+    if cache.latents and (pictures := getattr(conditioner, "encodes", None)):
+        raise UserError(f"cache.latents: the conditioner encodes pictures of the batch ({', '.join(pictures)}), which are not "
+                        "beside latents on disk; set cache.latents: false")
 
 
 def prepare(module: Any) -> None:
@@ -210,11 +220,13 @@ def _without_modules(block: dict) -> dict:
 
 
 def _parts(module: nn.Module) -> Iterator[Part]:
-    model = {id(p) for p in getattr(module, "model", nn.Module()).parameters()}
     for name, child in module.named_children():
         if name == "model":  # what is trained in stage 2, part by part
             yield from _parts(child)
-        elif weights := [p for p in child.parameters() if id(p) not in model]:  # averages share what is frozen
+        elif weights := list(child.parameters()):
+            if name == "ema":  # it shares what is frozen
+                others = {id(p) for other in module.children() if other is not child for p in other.parameters()}
+                weights = [p for p in weights if id(p) not in others]
             trainable = sum(p.numel() for p in weights if p.requires_grad)
             yield Part(EMA if name == "ema" else name, trainable, sum(p.numel() for p in weights) - trainable)
         for part in child.modules() if name == "conditioner" else ():

@@ -100,12 +100,19 @@ def tensor(batch: Mapping[str, Any], key: str, owner: nn.Module, shape: Sequence
 
 
 def shaped(value: Any, key: str, owner: nn.Module, shape: Sequence[int | None]) -> Tensor:
+    """The value as a tensor (B, *shape), as ``tensor`` has it."""
     value = torch.as_tensor(value)
     sides = zip(shape, value.shape[1:], strict=False)
     if value.ndim != len(shape) + 1 or any(side not in (None, found) for side, found in sides):
         wanted = ", ".join(["B", *("any" if side is None else str(side) for side in shape)])
         raise UserError(f"{type(owner).__name__}: {key!r} has to be ({wanted}), got {tuple(value.shape)}")
     return value
+
+
+def like(x: Tensor, layer: nn.Module) -> Tensor:
+    """x where the layer's weights are, in their precision; as it is where it has none."""
+    weight = next(layer.parameters(), None)
+    return x if weight is None else x.to(weight)
 
 
 def encoded(conditioner: nn.Module | None, autoencoder: Autoencoder, batch: Mapping[str, Any],

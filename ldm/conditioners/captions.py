@@ -202,7 +202,7 @@ class OwnText(Captions):
 
     def states(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         """A frozen encoder is no less exact for its network's being trained in half precision."""
-        with nullcontext() if self.trained else torch.autocast(ids.device.type, enabled=False):
+        with nullcontext() if self.trained or ids.is_meta else torch.autocast(ids.device.type, enabled=False):
             return self.hidden(ids, mask)
 
     def example(self, z: Tensor) -> Cond:

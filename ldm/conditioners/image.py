@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ldm.common.build import Block
 from ldm.common.files import UserError
 from ldm.cond import Cond
-from ldm.conditioners.base import Conditioner, Draw, check_dropout, tensor
+from ldm.conditioners.base import Conditioner, Draw, check_dropout, like, tensor
 from ldm.conditioners.noise import Augmentation
 from ldm.conditioners.vision import FrozenVision
 from ldm.networks.layers import timestep_embedding
@@ -98,9 +98,8 @@ class ImageEmbedding(Conditioner):
         if self.to_what == "vector":
             return Cond(vector=torch.zeros(n, self.vector_width))
         given = self.encoder.facts.hidden if self.to_what == "patches" else self.embedding_width
-        device = next((p.device for p in self.parameters()), None)
-        return Cond(self.tokens(torch.zeros(n, 1, given, device=device)))
+        return Cond(self.tokens(torch.zeros(n, 1, given)))
 
     def tokens(self, e: Tensor) -> Tensor:  # (B,N,D) -> (B, N * count, width)
-        e = self.project(e)
+        e = self.project(like(e, self.project))
         return e.flatten(1, 2) if e.ndim == 4 else e

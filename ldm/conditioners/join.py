@@ -14,7 +14,7 @@ from ldm.common.files import UserError, digest
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, Draw, check_dropout
 
-TEXT = ("encode", "states_hash", "refine", "null_states", "prepare", "release", "dropped_words", "max_length")  # of one that caches
+TEXT = ("encode", "states_hash", "null_states", "prepare", "release", "dropped_words", "max_length")  # of one that caches
 
 
 class Join(Conditioner):

@@ -112,7 +112,7 @@ class Boxes(Conditioner):
         self.classes, self.objects, self.frequencies = classes, objects, frequencies
         self.width, self.length, self.dropout = width, objects + 1, check_dropout(dropout)
         self.nothing = nn.Parameter(0.02 * torch.randn(width))
-        self.kind = nn.Embedding(classes, width)
+        self.embedding = nn.Embedding(classes, width)
         self.mlp = nn.Sequential(nn.Linear(width + 8 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                                  nn.Linear(width, width))  # fmt: skip
 
@@ -120,7 +120,8 @@ class Boxes(Conditioner):
         boxes, kinds = (value.to(self.nothing.device) for value in layout(batch, self.classes, self.objects, self))
         steps = torch.arange(self.frequencies, device=boxes.device) / self.frequencies
         angles = (boxes[..., None] * 100**steps).flatten(2)  # (B,N,4K)
-        tokens = self.mlp(torch.cat([self.kind(kinds.clamp(min=0)), angles.sin(), angles.cos()], dim=-1))
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.nothing)
+        tokens = self.mlp(torch.cat([self.embedding(kinds.clamp(min=0)), features], dim=-1))
         real, nothing = kinds >= 0, self.null(len(kinds))
         tokens = torch.cat([nothing.tokens, tokens.masked_fill(~real[..., None], 0)], dim=1)
         return Cond(tokens, torch.cat([nothing.mask, real], dim=1))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm.cond import Cond
-from ldm.conditioners.base import Conditioner, check_dropout, tensor
+from ldm.conditioners.base import Conditioner, check_dropout, like, tensor
 
 
 class Neighbours(Conditioner):
@@ -32,7 +32,8 @@ class Neighbours(Conditioner):
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         x = tensor(batch, "neighbours", self, (None, self.embedding_width)).float()
-        return Cond(self.project(nn.functional.normalize(x, dim=-1) if self.normalise else x))
+        x = nn.functional.normalize(x, dim=-1) if self.normalise else x
+        return Cond(self.project(like(x, self.project)))
 
     def null(self, n: int) -> Cond:
         return Cond(torch.zeros(n, 1, self.width))

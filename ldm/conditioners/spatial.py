@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.common.files import UserError
 from ldm.cond import Cond
-from ldm.conditioners.base import Conditioner, check_dropout, entry, shaped, tensor
+from ldm.conditioners.base import Conditioner, check_dropout, entry, like, shaped, tensor
 
 Resize = Literal["nearest", "bilinear", "bicubic", "area"]
 
@@ -141,4 +141,4 @@ class SemanticMap(Spatial):
         for _ in range(self.stages or 0):
             x = F.interpolate(x, scale_factor=0.5, mode=self.resize)
         x = resized(x, batch, self.resize, self) if self.stages is None else x
-        return Cond(spatial=self.channel_mapper(x))
+        return Cond(spatial=self.channel_mapper(like(x, self.channel_mapper)))

@@ -34,7 +34,7 @@ class Windows(NamedTuple):
 class Tokenizer:
     """
     Args:
-        backend: it is copied.
+        backend: what it truncates or pads by itself is not done.
         length: L, tokens of a window.
         pad: id that fills windows up.
         clean: applied to texts first.
@@ -42,9 +42,11 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, length: int, pad: int, clean: Callable[[str], str] | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of data workers
-        self.backend, self.length, self.pad, self.clean = type(backend).from_str(backend.to_str()), length, pad, clean
-        self.backend.no_truncation()
-        self.backend.no_padding()
+        if backend.truncation or backend.padding:
+            backend = type(backend).from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+        self.backend, self.length, self.pad, self.clean = backend, length, pad, clean
         self.before, self.after = specials(self.backend)  # ids around every text
         self.room = length - len(self.before) - len(self.after)
         if self.room < 1:

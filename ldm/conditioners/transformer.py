@@ -59,11 +59,12 @@ class TextTransformer(nn.Module):
         if activation not in ACTIVATIONS:
             raise UserError(f"activation {activation!r}: there are {', '.join(ACTIVATIONS)}{near(activation, ACTIVATIONS)}")
         self.length, self.causal = length, causal
-        self.token = nn.Embedding(vocab_size, width)
+        self.token = nn.Embedding.from_pretrained(torch.empty(vocab_size, width), freeze=False)
         self.position = nn.Parameter(torch.empty(length, width))
         self.blocks = nn.ModuleList(Block(width, heads, head_dim, mlp, bias, activation) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.reset_parameters()
+        if not self.position.is_meta:  # there, drawing nothing would load a second's worth of torch
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As CLIP begins (2103.00020, section 2.4): residual branches get smaller the more of them there are."""

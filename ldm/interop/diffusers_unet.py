@@ -28,9 +28,10 @@ ONLY = {  # settings that have one value here; others build another network
 }  # fmt: skip
 READ_HERE = ("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
              "attention_head_dim", "num_attention_heads", "transformer_layers_per_block", "cross_attention_dim",
-             "use_linear_projection", "only_cross_attention", "mid_block_only_cross_attention", "norm_num_groups", "dropout",
+             "use_linear_projection", "only_cross_attention", "norm_num_groups", "dropout",
              "num_class_embeds", "projection_class_embeddings_input_dim", "addition_time_embed_dim", "add_attention")  # fmt: skip
-IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "num_train_timesteps")
+IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "num_train_timesteps",
+           "mid_block_only_cross_attention")  # fmt: skip  (the last: its middle block does not look at it)
 
 
 class Sizes(NamedTuple):
@@ -61,7 +62,6 @@ def block_of(config: Mapping, origin: str) -> tuple[dict, Sizes]:
     depth = per_level(config.get("transformer_layers_per_block", 1), levels)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     only = config.get("only_cross_attention", False)
-    middle = config.get("mid_block_only_cross_attention")
     has_middle = config.get("add_attention", True)
     params: dict[str, Any] = {
         "model_channels": widths[0], "channel_mult": [_ratio(width, widths[0]) for width in widths],
@@ -78,8 +78,6 @@ def block_of(config: Mapping, origin: str) -> tuple[dict, Sizes]:
         params |= {"linear_projections": config.get("use_linear_projection", False), "num_heads": _plain(heads)}
         if only is True or isinstance(only, (list, tuple)):
             params["cross_only"] = [bool(flag) for flag in per_level(only, levels)]
-        if middle if middle is not None else only is True:
-            params["middle_cross_only"] = True
     elif heads is None:
         params["num_heads"] = 1
     else:
@@ -101,7 +99,7 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
     size: side of the latents that it was trained on.
     """
     for name, value in (("patch_size", 1), ("qk_norm", False), ("dims", 2), ("conv_resample", True), ("ff_mult", 4),
-                        ("attention_blocks", None), ("up_heads", None)):  # fmt: skip
+                        ("attention_blocks", None), ("up_heads", None), ("middle_cross_only", False)):  # fmt: skip
         if params[name] != value:
             raise UserError(f"diffusers has no UNet with {name}: {params[name]!r}, only {value!r}")
     depths, levels = list(params["transformer_depth"]), len(params["channel_mult"])
@@ -138,7 +136,6 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
             "cross_attention_dim": sizes.context_dim, "attention_head_dim": heads if len(set(heads)) > 1 else heads[0],
             "transformer_layers_per_block": layers if len(set(layers)) > 1 else layers[0],
             "use_linear_projection": params["linear_projections"], "only_cross_attention": only or False,
-            "mid_block_only_cross_attention": params["middle_cross_only"],
         }  # fmt: skip
     else:
         narrow = {width // n for width, n, depth in zip(widths, heads, depths, strict=True) if depth}

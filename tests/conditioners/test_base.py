@@ -1,5 +1,7 @@
 """The contract of conditioners, on ones that are made of it alone; and what is added to a batch before they see it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,14 @@ from autoencoder.base import Identity
 from ldm.common.files import UserError
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, encoded, tensor
+from ldm.conditioners.image import ImageEmbedding
+from ldm.conditioners.label import ClassLabel
+from ldm.conditioners.layout import Boxes, BoxTokens
+from ldm.conditioners.low_resolution import LowResolution
+from ldm.conditioners.neighbours import Neighbours
+from ldm.conditioners.spatial import SemanticMap
 from ldm.denoiser import build_denoiser
-from ldm.process import RectifiedFlow
+from ldm.process import DDPM, RectifiedFlow
 
 
 class Numbers(Conditioner):
@@ -92,3 +100,34 @@ def test_bad_batches_are_told():
     conditioner.encodes = {"masked_image": False}
     with pytest.raises(UserError, match="no 'masked_image'"):
         encoded(conditioner, Identity(3), {"image": torch.zeros(1, 3, 4, 4)})
+
+
+E = {"image_embedding": torch.randn(2, 6), "class": torch.tensor([1, 2]), "neighbours": torch.randn(2, 3, 6),
+     "segmentation": torch.zeros(2, 4, 4, dtype=torch.long), "low_res": torch.randn(2, 3, 4, 4), "latent_size": (4, 4),
+     "boxes": torch.rand(2, 1, 2).repeat(1, 1, 2), "box_classes": torch.zeros(2, 1, dtype=torch.long)}  # fmt: skip
+NOISE = DDPM("linear")
+
+
+@pytest.mark.parametrize("make", [
+    lambda: ClassLabel(3, 8, dropout=0.1), lambda: ImageEmbedding(embedding_width=6, to="tokens", width=8),
+    lambda: ImageEmbedding(embedding_width=6, noise=NOISE), lambda: Neighbours(6, 3, width=8), lambda: SemanticMap(3, 2, dropout=0.1),
+    lambda: LowResolution(noise=NOISE, level="class", level_width=4), lambda: Boxes(3, 1, 8),
+    lambda: BoxTokens(3, 1, vocabulary=40, width=8, layers=1, heads=2, head_dim=4)])  # fmt: skip
+def test_all_of_them_work_in_half_precision(make):
+    conditioner = make()
+    full, null = conditioner.with_null(E)
+    half, half_null = conditioner.to(torch.bfloat16).with_null(E)
+    for a, b in ((full, half), (null, half_null)):
+        for field in ("tokens", "vector", "spatial"):
+            x, y = getattr(a, field, None), getattr(b, field, None)
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x, y.float(), atol=0.1, rtol=0.1)
+
+
+def test_one_of_your_own_as_the_docs_have_it():
+    page = (Path(__file__).parents[2] / "docs/conditioning.md").read_text()
+    names = {"Conditioner": Conditioner, "Cond": Cond, "tensor": tensor, "torch": torch}
+    exec(page.split("## One of your own")[1].split("```python")[1].split("```")[0], names)
+    cond, null = names["Weather"]().with_null({"weather": torch.ones(2, 3)})
+    assert cond.vector.eq(1).all() and not null.vector.any() and names["Weather"]().example(torch.zeros(1, 4, 8, 8)).vector.shape == (1, 3)

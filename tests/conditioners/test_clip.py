@@ -119,6 +119,7 @@ def test_it_is_made_without_contents_and_filled_by_assignment():
     made = clip(pooled="state")
     planned = without_weights(lambda: ClipText(**SIZE, pooled="state"))
     assert planned.device.type == "meta" and "vocabulary.text" not in planned.state_dict()
+    assert planned({"caption": ids([320])}).tokens.shape == (1, 20, 16) and planned.null(2).vector.is_meta
     planned.load_state_dict(made.state_dict(), assign=True)
     assert torch.equal(planned({"caption": ["a cat"]}).tokens, made({"caption": ["a cat"]}).tokens)
     assert planned.transformer.token.weight.data_ptr() == made.transformer.token.weight.data_ptr()
@@ -219,3 +220,27 @@ def test_a_vocabulary_of_another_model_is_refused():
     for options in ({"vocab_size": 500}, {"vocab_size": 600}, {"start": 5}):
         with pytest.raises(UserError, match=r"a vocabulary of 589 with \[587\] before a text"):
             clip(**options)({"caption": ["a cat"]})
+
+
+def test_stored_states_take_the_place_of_captions(tmp_path):
+    from autoencoder.cached import CachedDataset, write_text
+
+    class Captions(torch.utils.data.Dataset):
+        captions, fingerprint = ["a cat", LONG, ""], "three"
+
+        def __len__(self):
+            return len(self.captions)
+
+        def __getitem__(self, i):
+            return {"image": torch.zeros(3, 8, 8), "caption": self.captions[i], "key": str(i)}
+
+        def caption(self, i):
+            return self.captions[i]
+
+    for long in ("cut", "window"):
+        made, data = clip(long=long, pooled="state"), Captions()
+        texts = write_text(data, made.encode, made.states_hash, tmp_path, dtype=torch.float32)
+        stored, live = made(CachedDataset(data, texts=texts).batch(range(3))), made({"caption": data.captions})
+        assert torch.equal(stored.tokens, live.tokens) and torch.equal(stored.vector, live.vector)
+        assert (stored.mask is None) == (live.mask is None) == (long == "cut")
+        assert live.mask is None or torch.equal(stored.mask, live.mask)

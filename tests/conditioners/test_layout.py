@@ -57,7 +57,7 @@ def test_fourier_features_of_gligen():
     conditioner.mlp.register_forward_hook(lambda module, given, out: seen.append(given[0]))
     conditioner({"boxes": torch.tensor([[[0.1, 0.2, 0.3, 0.4]]]), "box_classes": torch.tensor([[4]])})
     angles = torch.tensor([b * f for b in (0.1, 0.2, 0.3, 0.4) for f in (1.0, 10.0)])
-    torch.testing.assert_close(seen[0][0, 0], torch.cat([conditioner.kind.weight[4], angles.sin(), angles.cos()]))
+    torch.testing.assert_close(seen[0][0, 0], torch.cat([conditioner.embedding.weight[4], angles.sin(), angles.cos()]))
 
 
 def test_a_picture_without_objects_has_the_null():

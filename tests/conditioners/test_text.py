@@ -208,6 +208,44 @@ def test_cut_captions_can_be_refused(bert):
         TextConditioner(bert, max_length=8, long="error").encode(["red blue small circle red blue many"])
 
 
+def test_long_captions_are_read_in_windows(folder):
+    conditioner = TextConditioner(folder, max_length=6, long="window")
+    long, short = "red blue small circle red blue many many", "red"
+    cond = conditioner({"caption": [long, short]})
+    read = conditioner.tokenizer([long], "window").ids[0]
+    alone, _ = conditioner.encode(read)
+    real = conditioner.real(read)
+    assert len(read) == 2 and not cond.tokens[~cond.mask].any()
+    torch.testing.assert_close(cond.tokens[0][cond.mask[0]], alone[:, :6][real], atol=1e-5, rtol=1e-4)
+    once = conditioner({"caption": [short]})
+    torch.testing.assert_close(cond.tokens[1][cond.mask[1]], once.tokens[once.mask], atol=1e-5, rtol=1e-4)
+    assert conditioner.dropped_words([long]) == [""] and not conditioner.cut
+    assert conditioner.states_hash != TextConditioner(folder, max_length=6).states_hash == conditioner.encoder_hash
+
+
+def test_weights_move_states_away_from_the_empty_caption(folder):
+    plain, weighted = TextConditioner(folder), TextConditioner(folder, prompt_weights=True)
+    expected, mask = plain.encode(["a red circle"])
+    found, same = weighted.encode(["a (red:1.5) circle"])
+    empty, real = plain.null_states()
+    first = len(plain.tokenizer.before) + 1  # a
+    last = empty[0, real.sum() - 1]  # where the empty caption has ended
+    assert torch.equal(mask, same) and torch.equal(found[0, :first], expected[0, :first])
+    assert torch.equal(found[0, first + 1 :], expected[0, first + 1 :])
+    torch.testing.assert_close(found[0, first], last + 1.5 * (expected[0, first] - last))
+    assert torch.equal(weighted.encode(["a red circle"])[0], expected)
+
+
+def test_token_ids_take_the_place_of_captions(folder):
+    conditioner = TextConditioner(folder, width=8, depth=1, heads=2)
+    randomize(conditioner)
+    ids = conditioner.tokenizer(CAPTIONS).ids[:, 0]
+    by_ids, by_text = conditioner({"caption": ids}), conditioner({"caption": CAPTIONS})
+    assert torch.equal(by_ids.mask, by_text.mask) and torch.equal(by_ids.tokens, by_text.tokens)
+    with pytest.raises(UserError, match=r"token ids: expected whole numbers \(B,L\)"):
+        conditioner({"caption": ids[0]})
+
+
 # ---- options
 
 
