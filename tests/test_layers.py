@@ -25,6 +25,7 @@ ALSO = {  # arrows within a layer: reading goes through `load`, a posterior is g
     ("ldm.edit", "ldm.guidance"),
     ("ldm.classifier", "ldm.guidance"),
     ("ldm.samplers", "ldm.steps"),
+    ("ldm.samplers", "ldm.times"),
     *((program, part) for program in ("ldm.app", "ldm.__main__", "main") for part in LAYERS if part != "main"),
 }
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

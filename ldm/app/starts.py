@@ -18,7 +18,6 @@ from ldm.common.weights import compare, required
 from ldm.interop.lora_files import WEIGHTS
 from ldm.load import kind, load, read
 
-
 log = logging.getLogger(__name__)
 
 
