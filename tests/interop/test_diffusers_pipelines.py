@@ -246,7 +246,9 @@ def test_other_unets_of_diffusers():
         (UNet2DConditionModel, dict(**text, only_cross_attention=True, transformer_layers_per_block=2)),
         (UNet2DConditionModel, dict(**text, resnet_time_scale_shift="scale_shift", norm_num_groups=8)),
         (UNet2DModel, dict(**SMALL, **SELF, attention_head_dim=None)),
-        (UNet2DModel, dict(**SMALL, **SELF, downsample_type="resnet", upsample_type="resnet", add_attention=False)),
+        (UNet2DModel, dict(**SMALL, down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), downsample_type="resnet",
+                           up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), upsample_type="resnet",
+                           add_attention=False)),
         (UNet2DModel, dict(block_out_channels=(32, 48), layers_per_block=2, norm_num_groups=16, **SELF, sample_size=16)),
     ]:  # fmt: skip
         torch.manual_seed(0)
