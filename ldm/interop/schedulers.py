@@ -140,7 +140,7 @@ def solver_of(o: Settings) -> str:
 def predicted(o: Settings) -> dict:
     """What is extrapolated: x0, or in the solvers without ++ eps."""
     known = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis")
-    if o["algorithm_type"] not in known:
+    if o["algorithm_type"] not in known or (o.is_edm and not o["algorithm_type"].endswith("++")):
         raise o.refused("algorithm_type", "dpmsolver++")
     return {"of": "noise"} if o["algorithm_type"].endswith("dpmsolver") else {}
 
