@@ -41,7 +41,7 @@ PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
-    r"lora": "a LoRA, which changes another model and is none by itself",
+    "lora": "a LoRA, which changes another model and is none by itself",
     r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
@@ -144,9 +144,17 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
             about, tensors, planned = reader.planned(tensors, given, str(file))
             return Checkpoint(file, about, tensors, step, foreign=True, planned=planned)
         return Checkpoint(file, *reader.read(tensors, given, str(file)), step, foreign=True)
+    if about.get("kind") == "lora":
+        raise UserError(f"{file}: this is {FOREIGN['lora']}: give the model as --ckpt, this as --lora")
     if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
+
+
+def kind(path: str | Path) -> str:
+    """What a checkpoint holds: "diffusion", "autoencoder", "classifier", or "lora", which is no model by itself."""
+    about = None if diffusers_pipelines.holds(Path(path).expanduser()) else _contents(path)[1]
+    return "lora" if (about or {}).get("kind") == "lora" else read(path).about["kind"]
 
 
 def _given(config: str | Path | Mapping | None, file: Path, reader: ModuleType) -> dict | None:
