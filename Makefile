@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/python main.py --base configs/ldm_txt2img.yaml -t --resume auto
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from autoencoder.base import Autoencoder
 from ldm.common.files import UserError, atomic_write, digest
@@ -164,12 +164,14 @@ def write_latents(dataset: Dataset, autoencoder: Autoencoder, root: str | Path, 
     return table.open()
 
 
-def write_text(dataset: Dataset, encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]], key: str, root: str | Path,
+def write_text(dataset: Dataset, encode: Callable[[Sequence[str]], tuple[Tensor, ...]], key: str, root: str | Path,
                batch_size: int = 64, progress: Progress | None = None, dtype: torch.dtype = torch.float16) -> Table:
-    """Encode each different caption once; gives the data set's rows {"text_states" (N,L,D), "text_length" (N,)}.
+    """Encode each different caption once; gives the data set's rows {"text_states" (N,L,D), "text_length" (N,)}, and
+    "text_vector" (N,E) where there is one.
 
     Args:
-        encode: captions -> states (B,L,D), mask (B,L) True where real; only real positions are stored.
+        encode: captions -> states (B,L,D), mask (B,L) True where real, and a vector (B,E) if it gives one; only real
+            positions are stored.
         key: hash of all that the states depend on (weights, layer, vocabulary, longest length).
         dtype: of the states in the files; states that do not fit into it are stored in float32.
     """
@@ -182,9 +184,10 @@ def write_text(dataset: Dataset, encode: Callable[[Sequence[str]], tuple[Tensor,
         # by length, so that short captions are not padded for long ones
         order = iter(sorted(missing.items(), key=lambda item: len(captions[item[1]])))
         while part := list(islice(order, batch_size)):
-            states, mask = encode([captions[i] for _, i in part])
-            for (name, _), state, real in zip(part, states.float().cpu(), mask.cpu(), strict=True):
-                yield name, {"text_states": state[real], "text_length": real.sum()}
+            states, mask, *vectors = (value.cpu() for value in encode([captions[i] for _, i in part]))
+            for b, (name, _) in enumerate(part):
+                row = {"text_states": states[b, mask[b]].float(), "text_length": mask[b].sum()}
+                yield name, row | ({"text_vector": vectors[0][b].float()} if vectors else {})
 
     table.write(rows(), len(missing), progress, dtype)
     return table.open()
@@ -194,11 +197,16 @@ class CachedDataset(Dataset[dict]):
     """A data set whose pictures, captions or both were encoded before.
 
     Items: {"latent" (C,h,w), "latent_std" (same; not of deterministic autoencoders)} instead of "image", and
-    {"text_states" (L,D), "text_mask" (L,)} beside "caption", with L the longest caption of the whole set; "key".
+    {"text_states" (L,D), "text_mask" (L,), "text_vector" (E,) where there is one} beside "caption", with L the longest
+    caption of the whole set; "key"; and what else the data set's items hold: all of it beside pictures, what its ``extra``
+    knows without them beside latents.
+
+    draws: pictures are read anew each time, and may be drawn or changed at random.
     """
 
     def __init__(self, dataset: Dataset, latents: Table | None = None, texts: Table | None = None):
         self.dataset, self.latents, self.texts = dataset, latents, texts
+        self.draws = latents is None
         self.captions = [dataset.caption(i) for i in range(len(dataset))]
         self.fingerprint = dataset.fingerprint
 
@@ -215,15 +223,17 @@ class CachedDataset(Dataset[dict]):
     def batch(self, indices: Sequence[int]) -> dict:
         """The items, stacked: what a collate function would make of them."""
         if self.latents is None:
-            items = [self.dataset[i] for i in indices]
-            out = {"image": torch.stack([item["image"] for item in items]), "key": [item["key"] for item in items]}
+            out = default_collate([self.dataset[i] for i in indices])
         else:
             out = {**self.latents.take(indices), "key": [self.latents.keys[i] for i in indices]}
+            if hasattr(self.dataset, "extra"):
+                out |= default_collate([self.dataset.extra(i) for i in indices])
         if self.texts is not None:
             text = self.texts.take(indices)
             states = text["text_states"].float()
             out["text_states"] = states
             out["text_mask"] = torch.arange(states.shape[1]) < text["text_length"][:, None]
+            out |= {name: value.float() for name, value in text.items() if name == "text_vector"}
         return {**out, "caption": [self.captions[i] for i in indices]}
 
     def caption(self, i: int) -> str:

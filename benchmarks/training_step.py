@@ -66,7 +66,7 @@ def step_of(stage1, stage2, optimizer: dict | None = None, channels_last: bool =
         source = stored if cached else batch
         z = module.latent(source, list(range(n)), "posterior")
         t = module.loss.density(torch.rand(n), model["denoiser"].process)
-        cond = module.condition(model, source, torch.rand(n))
+        cond = module.condition(model, source, z, lambda stream: torch.rand(n))
         loss = diffusion_loss(model["denoiser"], z, cond, t, torch.randn_like(z), module.loss.weight).mean()
         chosen.zero_grad()
         loss.backward()

@@ -22,10 +22,13 @@ from ldm.common.build import TRUSTED, build, is_block, plain
 from ldm.common.files import UserError, atomic_write, digest
 from ldm.common.named import Spec, pick
 from ldm.common.random import generator
-from ldm.common.weights import compare, content, evaluating, without_weights
+from ldm.common.weights import compare, content, evaluating, required, without_weights
 from ldm.cond import Cond
+from ldm.conditioners.base import encoded
+from ldm.conditioners.prompts import Long, reading
+from ldm.conditioners.vocabulary import Vocabulary
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
-from ldm.guidance import batched, cfg, rescale, within
+from ldm.guidance import BOUNDS, batched, cfg, clip, on_channels, rescale, within
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow, steps_of
 from ldm.samplers import SAMPLERS, Callback
@@ -33,7 +36,7 @@ from ldm.times import make_times
 
 log = logging.getLogger(__name__)
 
-GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None}  # low <= t <= high: where it guides; None: everywhere
+GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None, "channels": None}
 DEFAULTS = {"sampler": "dpmpp_2m", "steps": 20, "times": "linear", "guidance": 3.0}
 PACKAGES = ("torch", "transformers", "safetensors")  # whose versions a checkpoint and a picture name
 DECODED = 2**20  # pixels that are decoded at a time
@@ -44,8 +47,8 @@ class Bundle(nn.Module):
 
     Args:
         config: the resolved config that the parts were built from; ``describe`` and ``save`` need it.
-        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W]; plain
-            data, as a config writes it.
+        sampling: what ``generate`` does where it is not told otherwise: sampler, steps, times, guidance, size [H, W],
+            prompt_weights, x0, start; plain data, as a config writes it.
         about: what else a checkpoint says of itself: encoder_hash, data.
     """
 
@@ -56,7 +59,6 @@ class Bundle(nn.Module):
         self.config, self.about = config, about or {}
         self.sampling = DEFAULTS | {key: value for key, value in (sampling or {}).items() if value is not None}
         self._checked = self._warned = False
-        self._channels_last()
 
     @classmethod
     def from_config(cls, config: Mapping, *, sampling: dict | None = None, about: dict | None = None,
@@ -73,7 +75,7 @@ class Bundle(nn.Module):
             raise UserError(f"autoencoder: a checkpoint's config holds it as a block (target, params), got {block!r}")
         autoencoder = without_weights(lambda: build(block, allowed=allowed))
         conditioner = denoiser = None
-        if config.get("autoencoder"):
+        if config.get("autoencoder") and "classifier" not in params:  # a classifier's checkpoint has its autoencoder alone
             if params.get("conditioner") is not None:
                 conditioner = without_weights(lambda: build(params["conditioner"], allowed=allowed))
             process = build(params["process"], allowed=allowed) if params.get("process") else RectifiedFlow()
@@ -85,15 +87,15 @@ class Bundle(nn.Module):
 
     def assign(self, weights: Mapping[str, Tensor], origin: str = "weights") -> Bundle:
         """Take these tensors as the weights. UserError, with a count for each part, where names or shapes differ."""
-        problems = compare(self.state_dict(), weights)
+        problems = compare(required(self, self.state_dict()), required(self, weights))
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
-        self._channels_last()
         return self
 
-    def _channels_last(self) -> None:
-        """Convolutions are faster so without gradients; with them it depends, so that training an autoencoder does without."""
+    def lay_out(self) -> None:
+        """Weights of convolutions channels-last, which are faster so without gradients. Those that were mapped from a file are
+        copied, which is why loading leaves them; whoever draws calls it."""
         for part in (self.autoencoder, self.denoiser):
             if part is not None:
                 part.to(memory_format=torch.channels_last)
@@ -104,21 +106,21 @@ class Bundle(nn.Module):
 
     def content_hash(self) -> str:
         """16 hex digits over all weights: the same for the same model, whatever file it comes from."""
-        return digest({key: content(value) for key, value in self.state_dict().items()})
+        return digest({key: content(value) for key, value in required(self, self.state_dict()).items()})
 
     def describe(self) -> dict:
         """What a checkpoint of this model says of itself under "ldm": plain data."""
         if self.config is None:
             raise UserError("this model was put together by hand: give Bundle(..., config=...) what it is built from")
         return plain({
-            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self._resolved(),
+            "kind": "autoencoder" if self.denoiser is None else "diffusion", "config": self.resolved(),
             "sampling": self.sampling if self.denoiser is not None else None, "versions": versions(),
             "autoencoder_hash": self.autoencoder.content_hash(),
             "encoder_hash": self.about.get("encoder_hash") or getattr(self.conditioner, "encoder_hash", None),
             "data": self.about.get("data"),
         })  # fmt: skip
 
-    def _resolved(self) -> dict:
+    def resolved(self) -> dict:
         """The config, in which parts that came from a file (those with a ``block``) are built anew without it."""
         config, block = plain(self.config), getattr(self.autoencoder, "block", None)
         if block is not None:
@@ -126,11 +128,16 @@ class Bundle(nn.Module):
         block = getattr(self.denoiser and self.denoiser.process, "block", None)
         if block is not None:
             config["model"]["params"]["process"] = block
+        if self.conditioner is not None:
+            config["model"]["params"]["conditioner"] = _rebuilt(config["model"]["params"]["conditioner"], self.conditioner)
         return config
 
     def save(self, path: str | Path) -> None:
         """Write a .safetensors or a .ckpt (torch.save of tensors and plain data), whole or not at all."""
         path, about = Path(path), self.describe()
+        for part in self.modules():
+            if isinstance(part, Vocabulary):
+                part.complete()
         weights = {key: value.detach().cpu().contiguous().clone() for key, value in self.state_dict().items()}
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
@@ -144,21 +151,25 @@ class Bundle(nn.Module):
             raise UserError(f"{path}: expected a name that ends in .safetensors or .ckpt")
 
     @torch.no_grad()
-    def generate(self, prompts: str | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
+    def generate(self, prompts: str | int | Sequence[str] | Mapping[str, Any], *, steps: int | None = None,
                  sampler: Spec | Callable | None = None, guidance: float | Mapping | None = None, seed: int = 0,
                  size: int | Sequence[int] | None = None, x_T: Tensor | None = None, callback: Callback | None = None,
                  times: Spec | Sequence[float] | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
-                 batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None) -> Tensor:
+                 batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None,
+                 prompt_weights: bool | None = None, long: Long | None = None,
+                 guide: Callable[[Denoise, Mapping[str, Any]], Denoise] | None = None) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
         Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
         every step: it depends neither on the other pictures nor, up to rounding, on the batch size.
 
         Args:
-            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]}.
+            prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]} or {"class": [3, 5]}, where a
+                single number is that of all; or how many pictures, without any.
             sampler: a name in SAMPLERS, {"name": "ddim", "eta": 0.5}, or a function like those.
-            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale"} what is to be
-                another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891).
+            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale", "channels"} what is
+                to be another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891),
+                on the first channels alone. None: everywhere, not at all, on all.
             size: height and width of the pictures.
             x_T: (B,C,h,w) what sampling starts from, in place of noise.
             times: a name in TIMES, {"name": "karras", "rho": 5}, or decreasing times (N+1,) of the process: as they are
@@ -168,6 +179,10 @@ class Bundle(nn.Module):
             batch_size: pictures at a time; None: all.
             indices: numbers of the pictures; None: 0, 1, 2 ...
             tile: side in pixels of the tiles that the autoencoder decodes by, with less memory; None: at once.
+            prompt_weights: whether prompts have weights in them, "(word:1.3)"; long: what becomes of those that are longer than
+                the text encoder's window (``ldm.conditioners.captions.Captions``); None: as the conditioner is set.
+            guide: what else guides: (denoise, batch) -> denoise, such as ``ldm.classifier.by_classifier`` makes. A sampler's
+                clip_x0 then clips what the model says, and not what becomes of it (ADM).
 
         Raises:
             UserError: for all that cannot be, such as a size that does not divide, or a text encoder that is another.
@@ -175,11 +190,13 @@ class Bundle(nn.Module):
         if self.denoiser is None:
             raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
                             "give the checkpoint of a diffusion model (stage 2)")
+        self.lay_out()
         batch, n = _batch(prompts)
         plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
         sampler, guidance = plan["sampler"], plan["guidance"]
+        clips = guide is not None and isinstance(sampler, Mapping) and bool(sampler.get("clip_x0"))
         if not callable(sampler):
-            sampler = pick(sampler, SAMPLERS, "sampler")
+            sampler = pick({**sampler, "clip_x0": False} if clips else sampler, SAMPLERS, "sampler")
         times = make_times(plan["times"], self.denoiser.process, plan["steps"])
         shape = self._latent_shape(size, x_T)
         indices = list(range(n)) if indices is None else list(indices)
@@ -188,15 +205,22 @@ class Bundle(nn.Module):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
         self.check_conditioner(guidance["scale"])
-        spread = float(torch.hypot(*self.denoiser.process.exact(steps_of(times)[0, 0])))  # of x_T, for data of unit variance
+        alpha, sigma = (float(c) for c in self.denoiser.process.exact(steps_of(times)[0, 0]))
+        spread = {None: math.hypot(alpha, sigma), "noise": sigma}.get(start := self.sampling.get("start"), start)
         pictures = []
-        with evaluating(self):
+        if prompt_weights is None:
+            prompt_weights = self.sampling.get("prompt_weights")
+        with evaluating(self), reading(self.conditioner, prompt_weights, long):
             for rows in _parts(n, batch_size):
                 sources = [generator(seed + index) for index in indices[rows]]
                 x = _normal(shape, sources) * spread if x_T is None else x_T[rows].float()
-                part = {key: value[rows] for key, value in batch.items()}
-                z = sampler(self._guided(part, negative and negative[rows], guidance), x.to(self.device), times,
-                            self.denoiser.process, callback=callback,
+                part = {key: value[rows].to(self.device) if isinstance(value, Tensor) else value[rows]
+                        for key, value in batch.items()}  # fmt: skip
+                part.setdefault("position", torch.tensor([seed + index for index in indices[rows]]))
+                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:])
+                if guide is not None:
+                    denoise = guide(clip(denoise, self.denoiser.process) if clips else denoise, part)
+                z = sampler(denoise, x.to(self.device), times, self.denoiser.process, callback=callback,
                             noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
                 pictures.append(self._decode(z, tile))
         return torch.cat(pictures)
@@ -217,23 +241,27 @@ class Bundle(nn.Module):
             raise UserError(f"guidance: no such part {', '.join(sorted(unknown))}; there are {', '.join(GUIDANCE)}")
         return plan
 
-    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping) -> Denoise:
+    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping, size: Sequence[int]) -> Denoise:
         """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
-        cond = Cond() if self.conditioner is None else self.conditioner(batch)
+        if negative is not None:
+            batch = {**batch, "negative_caption": negative}
+        cond, away = Cond(), None
+        if self.conditioner is not None:
+            batch = encoded(self.conditioner, self.autoencoder, batch, size)
+            cond, away = (self.conditioner(batch), None) if guidance["scale"] == 1 else self.conditioner.with_null(batch)
         denoiser = Remembering(self.denoiser)
         denoise = bind(denoiser, cond)
-        if len(cond) and guidance["scale"] != 1:
-            if negative is None:
-                away = self.conditioner.null(len(cond))
-            else:
-                rest = {key: value for key, value in batch.items() if not key.startswith("text_")}
-                away = self.conditioner(rest | {"caption": negative})
+        if away is not None:
             towards, away = batched(denoiser, cond, away)
             guided = cfg(towards, away, guidance["scale"])
             if guidance["rescale"]:
                 guided = rescale(guided, towards, self.denoiser.process, guidance["rescale"])
+            if guidance["channels"]:
+                guided = on_channels(guided, towards, guidance["channels"])
             low, high = (math.inf * side if at is None else at for side, at in ((-1, guidance["low"]), (1, guidance["high"])))
             denoise = within(low, high, guided, denoise)
+        if self.sampling.get("x0"):
+            denoise = pick(self.sampling["x0"], BOUNDS, "x0")(denoise, self.denoiser.process)
         dtype = next(self.denoiser.parameters()).dtype
 
         def in_precision(x: Tensor, t: Tensor) -> Prediction:
@@ -271,11 +299,21 @@ class Bundle(nn.Module):
                 raise UserError(f"the text encoder found here (hash {found}) is not the one that this model was "
                                 f"trained with (hash {expected}); install or name that one")
             self._checked = True
-        without_dropout = getattr(self.conditioner, "width", None) and getattr(self.conditioner, "dropout", None) == 0
-        if guidance > 1 and without_dropout and not self._warned:
+        part = self.conditioner
+        guidable = part is not None and (part.width is not None or part.vector_width is not None)
+        if guidance > 1 and guidable and not part.has_null and not self._warned:
             log.warning("guidance %g: this model was trained without caption dropout and knows no empty prompt to "
                         "compare with; guidance 1 is what it was trained for", guidance)
             self._warned = True
+
+
+def _rebuilt(block: dict, part: nn.Module) -> dict:
+    """The block of a conditioner, or of one of several in it, that builds it without the file that it came from."""
+    own, parts = getattr(part, "block", None), getattr(part, "parts", None)
+    if own is not None or parts is None:
+        return block if own is None else own
+    params = block["params"]
+    return {**block, "params": params | {"parts": [_rebuilt(*each) for each in zip(params["parts"], parts, strict=True)]}}
 
 
 def check_size(height: int, width: int, factor: int, multiple: int) -> None:
@@ -301,15 +339,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _batch(prompts: str | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
-    if isinstance(prompts, Mapping):
+def _batch(prompts: str | int | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
+    if isinstance(prompts, int):
+        batch = {"caption": [""] * prompts}
+    elif isinstance(prompts, Mapping):
         batch = dict(prompts)
     else:
         batch = {"caption": [prompts] if isinstance(prompts, str) else list(prompts)}
-    lengths = {key: len(value) for key, value in batch.items()}
+    batch = {key: value if _is_text(value) else torch.as_tensor(value) for key, value in batch.items()}
+    lengths = {key: len(value) for key, value in batch.items() if not isinstance(value, Tensor) or value.ndim}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UserError(f"prompts: expected one or more, as many of each kind; got {lengths}")
-    return batch, next(iter(lengths.values()))
+    n = next(iter(lengths.values()))
+    return {key: value if key in lengths else value.expand(n) for key, value in batch.items()}, n
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, Sequence) and any(isinstance(each, str) for each in value)
 
 
 def _parts(n: int, size: int | None) -> Iterator[slice]:

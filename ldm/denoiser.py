@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.common.build import Block, build, is_block
+from ldm.common.weights import is_meta
 from ldm.cond import Cond
-from ldm.parameterization import PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
+from ldm.parameterization import MOVING, PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
 from ldm.process import Process, in_double
 
 LearnedVariance = Literal["fixed", "learned", "learned_range"]
@@ -50,7 +51,11 @@ class Denoiser(nn.Module):
         parameterization says how; spatial conditions are appended after x_t's channels, then the estimate of x0."""
         c_in = getattr(_pair(self.parameterization), "c_in", None)
         x = x_t if c_in is None else x_t * _beside(c_in(*self.process.exact(in_double(t))), x_t).to(x_t.dtype)
-        x = x if cond.spatial is None else torch.cat([x, cond.spatial.to(x.dtype)], dim=1)
+        if cond.spatial is not None:
+            if cond.spatial.shape[2:] not in ((1, 1), x.shape[2:]):
+                raise ValueError(f"spatial condition {tuple(cond.spatial.shape)} beside x_t {tuple(x_t.shape)}: height and "
+                                 "width have to be the same, or 1")
+            x = torch.cat([x, cond.spatial.expand(-1, -1, *x.shape[2:]).to(x)], dim=1)
         if self.self_conditioning:
             x = torch.cat([x, torch.zeros_like(x_t) if estimate is None else estimate.to(x.dtype)], dim=1)
         return self.network(x, self.process.time(t), cond)
@@ -84,12 +89,14 @@ def linear_map(process: Process, parameterization: str | Parameterization, t: Te
     here = process.exact(t)
     if parameterization in STEPWISE:
         return (*here, *STEPWISE[parameterization](*here, *process.exact(t - 1)))
+    if parameterization in MOVING:
+        return (*here, *MOVING[parameterization](*process.rates(t)))
     return (*here, *_pair(parameterization)(*here))
 
 
 def impossible(process: Process, parameterization: str | Parameterization, variance: str = "fixed") -> list[str]:
     """Why these do not go together; empty if they do."""
-    names = (*PARAMETERIZATIONS, *STEPWISE)
+    names = (*PARAMETERIZATIONS, *STEPWISE, *MOVING)
     if parameterization not in names and not callable(parameterization):
         return [f"no parameterization {parameterization!r}; there are {', '.join(names)}"]
     if variance not in get_args(LearnedVariance):
@@ -132,9 +139,11 @@ def build_denoiser(network: Block, process: Process, parameterization: str | Blo
     Convolutions are laid out channels-last: token sequences are then views of feature maps.
     """
     taken, given = (autoencoder.channels * (2 if twice else 1) for twice in (self_conditioning, variance != "fixed"))
+    taken += 0 if conditioner is None else conditioner.beside(autoencoder.channels)
     network = build(network, allowed=allowed, in_channels=taken, out_channels=given,
-                    context_dim=getattr(conditioner, "width", None), vector_dim=None)
+                    context_dim=getattr(conditioner, "width", None), vector_dim=getattr(conditioner, "vector_width", None))
     if is_block(parameterization):
         parameterization = build(parameterization, allowed=allowed)
     with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
-        return Denoiser(network.to(memory_format=torch.channels_last), process, parameterization, variance, self_conditioning)
+        network = network if is_meta(network) else network.to(memory_format=torch.channels_last)
+        return Denoiser(network, process, parameterization, variance, self_conditioning)

@@ -191,6 +191,9 @@ def dynamic_threshold(denoise: Denoise, process: Process, quantile: float = 0.99
     return change_data(denoise, process, change, eps)
 
 
+BOUNDS: dict[str, Callable[..., Denoise]] = {"clip": clip, "dynamic_threshold": dynamic_threshold}  # what keeps x0 in range
+
+
 def gradient(log_p: LogProbability, x: Tensor, t: Tensor) -> Tensor:
     """d log p(y | x_t) / d x_t, (B,C,h,w)."""
     with torch.inference_mode(False), torch.enable_grad():

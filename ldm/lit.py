@@ -1,4 +1,5 @@
-"""DiffusionModule: stage 2 under Lightning. It wires; the mathematics is in loss.py, denoiser.py and process.py."""
+"""Stage 2 under Lightning: DiffusionModule, and ClassifierModule for what guides it. They wire; the mathematics is in
+loss.py, denoiser.py, classifier.py and process.py."""
 
 from __future__ import annotations
 
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
+from ldm.adapters import Lora, adapt, adapters, problems
+from ldm.classifier import NoisyClassifier, build_classifier, cross_entropy
 from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
+from ldm.conditioners.base import Draw, encoded, entry
 from ldm.denoiser import build_denoiser, impossible
-from ldm.densities import Density, Uniform
+from ldm.densities import Density, LossSecondMoment, Uniform
 from ldm.latents import Spread, check_scale, spread
 from ldm.loss import Huber, Objective, PseudoHuber, Variational, diffusion_loss, misfits
 from ldm.parameterization import Preconditioned
@@ -26,102 +30,32 @@ from ldm.weights import Uncertainty, Weight
 QUARTILES = 4
 
 
-class DiffusionModule(pl.LightningModule):
-    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
+class OnLatents(pl.LightningModule):
+    """What every training on the latents of a frozen autoencoder has in common. ``model`` (ModuleDict) is what is trained,
+    and averaged where ``ema_decay`` is given. With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``),
+    which main.py adds. All randomness follows from the batch's "position" (B,), the samples' places in the run."""
 
-    With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``), which main.py adds.
-
-    A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
-    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); and always "position" (B,), the samples' places in
-    the run, from which all randomness follows.
-
-    Args:
-        autoencoder, seed, sampling: given by the program.
-        conditioner: batch -> Cond; None trains without conditions.
-        network: block of the network; its sizes follow from the autoencoder and the conditioner.
-        process, parameterization, variance, self_conditioning: see ``ldm.process``, ``ldm.parameterization``,
-            ``ldm.denoiser``.
-        density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible: of the loss, see
-            ``ldm.loss.Objective``, ``ldm.densities``, ``ldm.weights``.
-        optimizer, schedule: blocks; no schedule: a constant learning rate.
-        latents: train on draws of q(z|x), or on its mode, which suits decoders that were trained on wide posteriors.
-        statistics: "check" refuses latents whose standard deviation is not about 1; an autoencoder that was never measured
-            (one trained elsewhere, or pixels) is measured on the training data first. "measure" measures any autoencoder
-            anew; "force" measures nothing and warns in place of refusing.
-        ema_decay: of the averaged weights that sampling uses, a number or a profile (``ldm.common.ema``); None keeps none.
-        snapshots: averages that are saved along the way, for others of any width after the fact.
-    """
-
-    kind = "diffusion"
-    given = ("autoencoder", "seed", "sampling")
-
-    def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
-                 process: Process | None = None,
-                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous"] | Preconditioned = "flow",
-                 variance: Literal["fixed", "learned", "learned_range"] = "fixed",
-                 density: Density | None = None,
-                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb"]
-                 | Weight = "uniform",
-                 distance: Literal["mse", "l1", "huber", "pseudo_huber"] | Huber | PseudoHuber = "mse",
-                 uncertainty: Uncertainty | None = None, variational: Variational | None = None,
-                 draws: Literal["independent", "stratified"] = "independent", offset_noise: float = 0.0,
-                 immiscible: bool = False, self_conditioning: bool = False,
-                 schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
-                 statistics: Literal["check", "measure", "force"] = "check",
-                 ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
-                 seed: int = 23, sampling: dict | None = None):
+    def __init__(self, autoencoder: Autoencoder, model: dict[str, nn.Module], optimizer: Block, schedule: Block | None,
+                 latents: Literal["sample", "mode"], statistics: Literal["check", "measure", "force"],
+                 ema_decay: float | HalfLife | Power | None, snapshots: Snapshots | None, seed: int):
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(False).eval()
-        denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
-                                  variance=variance, self_conditioning=self_conditioning)
-        self.model = nn.ModuleDict({"denoiser": denoiser})
-        if conditioner is not None:
-            self.model["conditioner"] = conditioner
+        self.model = nn.ModuleDict(model)
         self.ema = None if ema_decay is None else Ema(self.model, ema_decay)
         self.snapshots, self.averages = snapshots, None if snapshots is None else snapshots.averages(self.model)
-        self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
-        self.loss.attach(denoiser.process, variance)
         self.optimizer, self.schedule = optimizer, schedule
-        self.latents, self.statistics = latents, statistics
-        self.seed, self.sampling = seed, dict(sampling or {})
+        self.latents, self.statistics, self.seed = latents, statistics, seed
         self.images_seen = 0  # by all processes together
 
     @property
     def conditioner(self) -> nn.Module | None:
-        return _conditioner(self.model)
+        """What reads conditions from batches, if anything does."""
+        return None
 
-    def parts(self, ema: bool = True) -> dict[str, nn.Module | None]:
-        """Autoencoder, conditioner and denoiser as they sample now, with the averaged weights if there are any; shared."""
-        model = self.ema.shadow if ema and self.ema is not None else self.model
-        return {"autoencoder": self.autoencoder, "conditioner": _conditioner(model), "denoiser": model["denoiser"]}
-
-    def training_step(self, batch: dict, index: int) -> Tensor:
-        positions = batch["position"].tolist()
-        z = self.latent(batch, positions, "posterior")
-        t = self.loss.times(positions, self.seed, self.model["denoiser"].process, z.device)
-        noise = self.loss.noise(z, positions, self.seed)
-        cond = self.condition(self.model, batch, uniform(self.seed, "drop", positions, z.device))
-        again = uniform(self.seed, "again", positions, z.device) < 0.5
-        losses = self.loss(self.model["denoiser"], z, cond, t, noise, again)
-        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
-        self.images_seen += len(z) * self.trainer.world_size
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
-        return loss
-
-    def validation_step(self, batch: dict, index: int) -> None:
-        """The loss on the same noise and times every time, in each quarter of the time axis, for both sets of weights."""
-        positions = batch["position"].tolist()
-        z = self.latent(batch, positions, "val/posterior")
-        noise = normal(z.shape[1:], self.seed, "val/noise", positions, z.device)
-        share = uniform(self.seed, "val/t", positions, z.device)
-        models = {"val/loss": self.model} | ({} if self.ema is None else {"val/loss_ema": self.ema.shadow})
-        for name, model in models.items():
-            cond, losses = self.condition(model, batch), []
-            for quarter in range(QUARTILES):
-                t = Uniform()((quarter + share) / QUARTILES, model["denoiser"].process)
-                losses.append(diffusion_loss(model["denoiser"], z, cond, t, noise).mean())
-                self.log(f"{name}_q{quarter + 1}", losses[-1], batch_size=len(z), sync_dist=True)
-            self.log(name, torch.stack(losses).mean(), batch_size=len(z), sync_dist=True)
+    @property
+    def trained(self) -> nn.Module:
+        """What the optimizer steps."""
+        return nn.ModuleDict({"model": self.model})
 
     @torch.no_grad()
     def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
@@ -153,21 +87,13 @@ class DiffusionModule(pl.LightningModule):
         check_scale(found, self.autoencoder.spec, data_hash, force=self.statistics == "force")
         return found
 
-    def condition(self, model: nn.ModuleDict, batch: dict, chance: Tensor | None = None) -> Cond:
-        """The batch's condition; with ``chance`` (B,) uniform numbers, captions are dropped as the conditioner says."""
-        conditioner = _conditioner(model)
-        if conditioner is None:
-            return Cond()
-        cond = conditioner(batch)
-        return cond if chance is None or not conditioner.dropout else conditioner.drop(cond, chance >= conditioner.dropout)
-
     def configure_optimizers(self) -> dict:
-        optimizer = make_optimizer(self.optimizer, nn.ModuleDict({"model": self.model, "loss": self.loss}))
+        optimizer = make_optimizer(self.optimizer, self.trained)
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         return {"optimizer": optimizer,
                 "lr_scheduler": {"scheduler": make_schedule(self.schedule, optimizer, steps), "interval": "step"}}
 
-    def train(self, mode: bool = True) -> DiffusionModule:
+    def train(self, mode: bool = True) -> OnLatents:
         super().train(mode)
         for frozen in (self.autoencoder, self.ema, self.averages):
             if frozen is not None:
@@ -179,6 +105,185 @@ class DiffusionModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.images_seen = checkpoint["images_seen"]
+
+
+class DiffusionModule(OnLatents):
+    """Trains a denoiser and the trainable part of its conditioner on the latents of a frozen autoencoder.
+
+    A batch holds "image" (B,C,H,W) in [-1,1] and "caption" (list of B), or what a cache made of them: "latent",
+    "latent_std" (B,C,h,w), "text_states" (B,L,D), "text_mask" (B,L); what other conditioners take; and always "position"
+    (B,), the samples' places in the run, from which all randomness follows.
+
+    Args:
+        autoencoder, seed, sampling: given by the program.
+        conditioner: batch -> Cond; None trains without conditions.
+        network: block of the network; its sizes follow from the autoencoder and the conditioner.
+        process, parameterization, variance, self_conditioning: see ``ldm.process``, ``ldm.parameterization``,
+            ``ldm.denoiser``.
+        density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible: of the loss, see
+            ``ldm.loss.Objective``, ``ldm.densities``, ``ldm.weights``.
+        optimizer, schedule: blocks; no schedule: a constant learning rate.
+        latents: train on draws of q(z|x), or on its mode, which suits decoders that were trained on wide posteriors.
+        statistics: "check" refuses latents whose standard deviation is not about 1; an autoencoder that was never measured
+            (one trained elsewhere, or pixels) is measured on the training data first. "measure" measures any autoencoder
+            anew; "force" measures nothing and warns in place of refusing.
+        ema_decay: of the averaged weights that sampling uses, a number or a profile (``ldm.common.ema``); None keeps none.
+        snapshots: averages that are saved along the way, for others of any width after the fact.
+        lora: train low-rank changes of a given model alone (``ldm.adapters.Lora``); checkpoints then hold nothing else.
+    """
+
+    kind = "diffusion"
+    given = ("autoencoder", "seed", "sampling")
+
+    def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
+                 process: Process | None = None,
+                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous", "velocity"]
+                 | Preconditioned = "flow",
+                 variance: Literal["fixed", "learned", "learned_range"] = "fixed",
+                 density: Density | None = None,
+                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb", "velocity"]
+                 | Weight = "uniform",
+                 distance: Literal["mse", "l1", "huber", "pseudo_huber"] | Huber | PseudoHuber = "mse",
+                 uncertainty: Uncertainty | None = None, variational: Variational | None = None,
+                 draws: Literal["independent", "stratified"] = "independent", offset_noise: float = 0.0,
+                 immiscible: bool = False, self_conditioning: bool = False,
+                 schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
+                 statistics: Literal["check", "measure", "force"] = "check",
+                 ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
+                 lora: Lora | None = None, seed: int = 23, sampling: dict | None = None):
+        denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
+                                  variance=variance, self_conditioning=self_conditioning)
+        model = nn.ModuleDict({"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner}))
+        if lora is not None:
+            adapt(model, lora)
+        super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
+        self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
+        self.loss.attach(denoiser.process, variance)
+        self.sampling, self.lora = dict(sampling or {}), lora
+        self.strict_loading = lora is None
+
+    @property
+    def trained(self) -> nn.Module:
+        return nn.ModuleDict({"model": self.model, "loss": self.loss})
+
+    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state dict checkpoints hold: all, or of a LoRA training what is trained, and its averages."""
+        if self.lora is None:
+            return state
+        whole = ("autoencoder", "model", "ema", "averages")
+        own = {key: value for key, value in state.items() if key.split(".")[0] not in whole or key.endswith(".updates")}
+        return adapters(state) | own
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = self.kept(checkpoint["state_dict"])
+
+    @property
+    def conditioner(self) -> nn.Module | None:
+        return _conditioner(self.model)
+
+    def parts(self, ema: bool = True) -> dict[str, nn.Module | None]:
+        """Autoencoder, conditioner and denoiser as they sample now, with the averaged weights if there are any; shared."""
+        model = self.ema.shadow if ema and self.ema is not None else self.model
+        return {"autoencoder": self.autoencoder, "conditioner": _conditioner(model), "denoiser": model["denoiser"]}
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "posterior")
+
+        def draw(stream: str) -> Tensor:  # (B,)
+            return uniform(self.seed, stream, positions, z.device)
+
+        t = self.loss.times(positions, self.seed, self.model["denoiser"].process, z.device)
+        noise = self.loss.noise(z, positions, self.seed)
+        cond = self.condition(self.model, batch, z, draw)
+        again = draw("again") < 0.5
+        losses = self.loss(self.model["denoiser"], z, cond, t, noise, again)
+        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
+        self.images_seen += len(z) * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
+        return loss
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        """The loss on the same noise and times every time, in each quarter of the time axis, for both sets of weights."""
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "val/posterior")
+        noise = normal(z.shape[1:], self.seed, "val/noise", positions, z.device)
+        share = uniform(self.seed, "val/t", positions, z.device)
+        models = {"val/loss": self.model} | ({} if self.ema is None else {"val/loss_ema": self.ema.shadow})
+        for name, model in models.items():
+            cond, losses = self.condition(model, batch, z), []
+            for quarter in range(QUARTILES):
+                t = Uniform()((quarter + share) / QUARTILES, model["denoiser"].process)
+                losses.append(diffusion_loss(model["denoiser"], z, cond, t, noise).mean())
+                self.log(f"{name}_q{quarter + 1}", losses[-1], batch_size=len(z), sync_dist=True)
+            self.log(name, torch.stack(losses).mean(), batch_size=len(z), sync_dist=True)
+
+    def condition(self, model: nn.ModuleDict, batch: dict, z: Tensor, draw: Draw | None = None) -> Cond:
+        """The condition of latents z (B,C,h,w); with ``draw`` some of it is dropped, as the conditioner says."""
+        conditioner = _conditioner(model)
+        if conditioner is None:
+            return Cond()
+        batch = encoded(conditioner, self.autoencoder, batch, z.shape[2:])
+        return conditioner(batch) if draw is None else conditioner.with_dropout(batch, draw)
+
+
+class ClassifierModule(OnLatents):
+    """Trains a classifier of noisy latents (2105.05233, section 4.3), which guides a diffusion model on the same latents.
+
+    A batch holds "image" (B,C,H,W) in [-1,1], or "latent" and "latent_std" of a cache, the class (B,) int under ``key``, and
+    "position" (B,).
+
+    Args:
+        autoencoder, seed, size: given by the program.
+        classifier: block of the network; its channels and the side that it sees follow from the autoencoder and the pictures.
+        process: block of the process whose noise it learns: that of the model which it is to guide.
+        density: of the times that it is trained at.
+        key: of the class in the batch.
+        optimizer, schedule, latents, statistics, ema_decay: as for ``DiffusionModule``.
+    """
+
+    kind = "classifier"
+    given = ("autoencoder", "seed", "size")
+
+    def __init__(self, autoencoder: Autoencoder, classifier: Block, optimizer: Block, process: Block | None = None,
+                 density: Density | None = None, key: str = "class", schedule: Block | None = None,
+                 latents: Literal["sample", "mode"] = "sample", statistics: Literal["check", "measure", "force"] = "check",
+                 ema_decay: float | HalfLife | Power | None = 0.9999, seed: int = 23, size: list[int] | None = None):
+        process = process or {"target": "ldm.process.RectifiedFlow"}
+        made = build_classifier(classifier, process, autoencoder, size)
+        super().__init__(autoencoder, {"classifier": made}, optimizer, schedule, latents, statistics, ema_decay, None, seed)
+        if isinstance(density, LossSecondMoment):
+            raise ValueError("density: LossSecondMoment follows the losses of a diffusion model; take another one")
+        self.density, self.key = density or Uniform(), key
+
+    def classifier(self, ema: bool = True) -> NoisyClassifier:
+        """As it guides now, with the averaged weights if there are any; shared."""
+        return (self.ema.shadow if ema and self.ema is not None else self.model)["classifier"]
+
+    def training_step(self, batch: dict, index: int) -> Tensor:
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "posterior")
+        t = self.density(uniform(self.seed, "t", positions, z.device), self.classifier(ema=False).process)
+        noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
+        losses, right = cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
+        self.images_seen += len(z) * self.trainer.world_size
+        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(z))
+        return losses.mean()
+
+    def validation_step(self, batch: dict, index: int) -> None:
+        """Loss and accuracy in each quarter of the time axis, on the same noise and times every time."""
+        positions = batch["position"].tolist()
+        z = self.latent(batch, positions, "val/posterior")
+        noise = normal(z.shape[1:], self.seed, "val/noise", positions, z.device)
+        share, classifier = uniform(self.seed, "val/t", positions, z.device), self.classifier()
+        found = []
+        for quarter in range(QUARTILES):
+            t = Uniform()((quarter + share) / QUARTILES, classifier.process)
+            found.append([each.float().mean() for each in cross_entropy(classifier, z, batch[self.key], t, noise)])
+        for name, values in zip(("val/loss", "val/accuracy"), torch.tensor(found).T, strict=True):
+            shares = {f"{name}_q{quarter + 1}": value for quarter, value in enumerate(values)}
+            self.log_dict(shares | {name: values.mean()}, batch_size=len(z), sync_dist=True)
 
 
 def _conditioner(model: nn.ModuleDict) -> nn.Module | None:
@@ -198,7 +303,8 @@ def _check_params(params: dict, path: str) -> list[str]:
             return [f"{path}.{name}: {error}"]
     process, parameterization = parts["process"] or RectifiedFlow(), parts["parameterization"]
     variance = params.get("variance", "fixed")
-    return [*(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
+    return [*(f"{path}.lora.{problem}" for problem in problems(params.get("lora") or {})),
+            *(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
             *(f"{path}.{problem}" for problem in misfits(process, variance, parts["density"], parts["uncertainty"],
                                                          parts["variational"]))]  # fmt: skip
 

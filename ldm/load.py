@@ -7,30 +7,45 @@ import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.bundle import Bundle
+from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
-from ldm.interop import compvis, diffusers, pickles
+from ldm.interop import (
+    adm,
+    component,
+    compvis,
+    compvis_models,
+    diffusers,
+    diffusers_pipelines,
+    dit,
+    dit_diffusers,
+    pickles,
+)
 
 log = logging.getLogger(__name__)
 
-READ = "read are a .ckpt or .safetensors that this program wrote, a run folder, and autoencoders of CompVis and diffusers"
+READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, "
+        "Stability, diffusers, guided-diffusion, DiT and SiT")
+READERS = (compvis_models, compvis, diffusers, dit, dit_diffusers, adm)  # of other people's files, the most telling names first
 PARTS = ("autoencoder", "conditioner", "denoiser")
-LEFT_BEHIND = ("critic", "loss", "regularisers", "averages")  # what only training needs
+LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
-    r"lora": "a LoRA, which changes another model and is none by itself",
-    r"^(model\.diffusion_model|first_stage_model|cond_stage_model)\.": "a CompVis or Stable Diffusion checkpoint",
+    "lora": "a LoRA, which changes another model and is none by itself",
+    r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
+    r"^input_blocks\.0\.0\.": "a UNet alone, or a classifier of guided-diffusion, which guides other models",
     r"^param_groups$": "an optimizer's state",
 }
 DIFFERENCES = 5  # between configs, that a warning names
@@ -45,6 +60,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     step: int | None = None
     foreign: bool = False  # written by another program; names and config are ours nevertheless
+    planned: Bundle | None = None  # the model without weights, where the reader had to make it
 
     @property
     def has_ema(self) -> bool:
@@ -57,6 +73,7 @@ class Checkpoint:
         if ema:
             averaged = (key for key in self.tensors if key.startswith("ema.") and key != "ema.updates")
             names = {key: key.removeprefix("ema.").removeprefix("shadow.") for key in averaged}
+            names = {key: name for key, name in names.items() if name.split(".")[0] not in LEFT_BEHIND}
             alone = self.about["kind"] == "autoencoder"  # its average is of the autoencoder, without that word
             found |= {f"autoencoder.{name}" if alone and name.split(".")[0] not in PARTS else name: self.tensors[key]
                       for key, name in names.items()}  # fmt: skip
@@ -71,12 +88,12 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
 
     Args:
         path: .ckpt or .safetensors, or a run folder, of which the finished or else the last checkpoint is taken.
-            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers.
+            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers, a DiT or SiT.
         config: of a foreign file, the yaml that it was trained with; None: the architecture is read from the shapes.
             Our own files hold theirs, which is used; one given here is compared with it.
         ema: take the averaged weights, if there are any, in place of those that the optimizer moves.
-        dtype: of conditioner and denoiser, as in the file if None. The autoencoder keeps its own, as it overflows in half;
-            foreign ones become float32. It is changed only where it is all that there is.
+        dtype: of conditioner and denoiser, as in the file if None, but float32 in place of float16 on a CPU. The autoencoder
+            keeps its own, as it overflows in half; foreign ones become float32. It is changed only where it is all there is.
         trust: build what the checkpoint's config names even outside of this program and torch, that is, run that code.
 
     Raises:
@@ -87,37 +104,96 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         _warn_of_differences(found, config)
     about = found.about
     try:
-        bundle = Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
+        bundle = found.planned or Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
     except ValueError as error:
         raise UserError(f"{found.path}: the model that its config describes cannot be built: {error}") from error
     bundle.assign(found.weights(ema), origin=str(found.path))
     _check_autoencoder(found, bundle)
     if found.has_ema:
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
+    device = torch.device(device)
     for part in [bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]:
-        if part is not None:
-            part.to(dtype=dtype)
-    return bundle.to(device)
+        wanted = dtype or (part and _usable(part, device, found.path))
+        if part is not None and wanted:
+            part.to(dtype=wanted)
+    return bundle if device.type == "cpu" else bundle.to(device)
+
+
+def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
+    """float32 for weights in float16 on a CPU, which computes with those slowly and coarsely, if at all; None: as they are."""
+    half = device.type == "cpu" and any(p.dtype == torch.float16 for p in part.parameters())
+    if half:
+        log.info("%s: float16 weights become float32 on the CPU", path)
+    return torch.float32 if half else None
 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
     """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
-    file = find(Path(path))
-    about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    tensors = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
+    folder = Path(path).expanduser()
+    if diffusers_pipelines.holds(folder):
+        about, tensors, planned = diffusers_pipelines.planned(folder)
+        return Checkpoint(folder, about, tensors, foreign=True, planned=planned)
+    file, about, tensors, step = _contents(path)
     if about is None:
-        readers = [reader for reader in (compvis, diffusers) if reader.holds_autoencoder(tensors)]
-        if not readers:
+        reader = _reader(tensors)
+        if reader is None:
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
         tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
-        beside = file.parent / diffusers.CONFIG
-        if config is None and readers[0] is diffusers and beside.is_file():
-            config = diffusers.read_config(beside)
-        given = config if config is None or isinstance(config, Mapping) else configs.load([config])
-        return Checkpoint(file, *readers[0].read(tensors, plain(given), str(file)), step, foreign=True)
-    if about.get("kind") not in ("diffusion", "autoencoder") or "model" not in (about.get("config") or {}):
+        given = _given(config, file, reader)
+        if reader is compvis_models:
+            about, tensors, planned = reader.planned(tensors, given, str(file))
+            return Checkpoint(file, about, tensors, step, foreign=True, planned=planned)
+        return Checkpoint(file, *reader.read(tensors, given, str(file)), step, foreign=True)
+    if about.get("kind") == "lora":
+        raise UserError(f"{file}: this is {FOREIGN['lora']}: give the model as --ckpt, this as --lora")
+    if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
+
+
+def kind(path: str | Path) -> str:
+    """What a checkpoint holds: "diffusion", "autoencoder", "classifier", or "lora", which is no model by itself."""
+    about = None if diffusers_pipelines.holds(Path(path).expanduser()) else _contents(path)[1]
+    return "lora" if (about or {}).get("kind") == "lora" else read(path).about["kind"]
+
+
+def _given(config: str | Path | Mapping | None, file: Path, reader: ModuleType) -> dict | None:
+    """The config of a foreign file: what is given, over what stands beside the file (a yaml of its name, or the reader's own
+    kind of file)."""
+    if config is None and reader in (compvis_models, compvis) and file.with_suffix(".yaml").is_file():
+        config = file.with_suffix(".yaml")
+        log.info("%s: read by %s beside it", file, config.name)
+    given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+    beside = file.parent / getattr(reader, "CONFIG", "")
+    return plain(component.read_json(beside) | dict(given or {})) if beside.is_file() else plain(given)
+
+
+def load_classifier(path: str | Path, config: str | Path | Mapping | None = None, *, ema: bool = True,
+                    device: torch.device | str = "cpu", trust: bool = False) -> NoisyClassifier:
+    """The classifier of noisy pictures or latents in a file or run folder, in eval mode; it guides other models
+    (``ldm.classifier.by_classifier``). What ``load`` gives for a checkpoint of one is the autoencoder that it stands on.
+
+    path: of our own, or guided-diffusion's .pt. config: of the latter, arguments or flags, as yaml or json; None: what the
+    shapes tell. ema, trust: as for ``load``. UserError for whatever is no classifier.
+    """
+    file, about, tensors, _ = _contents(path)
+    if about is None and adm.holds_classifier(tensors):
+        given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+        return adm.read_classifier(tensors, plain(given), str(file)).to(device)
+    if (about or {}).get("kind") != "classifier":
+        raise UserError(f"{file}: this is {_kind(tensors) if about is None else 'a checkpoint of other training'}, and no "
+                        "classifier; read are those that this program trained, and guided-diffusion's")
+    averaged, raw = ({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                     for prefix in ("ema.shadow.classifier.", "model.classifier."))  # fmt: skip
+    weights = averaged if ema and averaged else raw
+    return NoisyClassifier.from_about(about, trust).assign(weights, str(file)).to(device)
+
+
+def _contents(path: str | Path) -> tuple[Path, dict | None, dict[str, Tensor], int | None]:
+    """-> the file, what it says of itself, its tensors, and the step."""
+    file = find(Path(path))
+    about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    return file, about, {WRAPPERS.sub("", key): value for key, value in tensors.items()}, step
 
 
 def find(path: Path) -> Path:
@@ -129,9 +205,6 @@ def find(path: Path) -> Path:
         folder = path.parent
         near = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
         raise UserError(f"{path}: no such file or folder" + (f"; nearest: {folder / near}" if near else ""))
-    if (path / "model_index.json").is_file():
-        vae = next((f"; its autoencoder alone is in {part}" for part in (path / "vae", path / "vqvae") if part.is_dir()), "")
-        raise UserError(f"{path}: this is a pipeline folder of diffusers{vae}; {READ}")
     tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", *(path / name for name in diffusers.WEIGHTS)]
     if (path / "DONE").is_file():
         named = json.loads((path / "DONE").read_text()).get("checkpoint")
@@ -172,10 +245,10 @@ def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
-    state = saved.get("state_dict", saved)
+    state = dit.flat(saved.get("state_dict", saved))
     state = state if isinstance(state, dict) else {}
     tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
-    if refused and ("ldm" in saved or not compvis.holds_autoencoder(tensors)):
+    if refused and ("ldm" in saved or _reader(tensors) is None):
         raise UserError(f"{file}: holds more than tensors and plain data ({refused}), which could run code and "
                         f"is not read; {READ}")
     return saved.get("ldm"), tensors, saved.get("global_step")
@@ -187,6 +260,11 @@ def _without_the_rest(file: Path) -> object:
         return pickles.read(file)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
+
+
+def _reader(keys: Iterable[str]) -> ModuleType | None:
+    """Who reads files with tensors of these names."""
+    return next((reader for reader in READERS if reader.holds(keys)), None)
 
 
 def _head(file: Path) -> bytes:

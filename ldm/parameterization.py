@@ -3,7 +3,8 @@
     [x_t]   [alpha  sigma] [x0 ]
     [ F ] = [  p      q  ] [eps]        inverted: x0 and eps from any network; read forwards: its training target
 
-PARAMETERIZATIONS are functions of the time at hand, STEPWISE of that time and of the one before it on a discrete process.
+PARAMETERIZATIONS are functions of the time at hand, STEPWISE of that time and of the one before it on a discrete process,
+MOVING of the rates at which alpha and sigma change.
 """
 
 from __future__ import annotations
@@ -58,15 +59,16 @@ class Preconditioned:
 
     Args:
         sigma_data: 1 for latents, which come at unit scale; the paper has 0.5 for pictures in [-1, 1].
+        negative: -F is what the network says; with sigma_data 1 this is v of the variance-preserving x_t / r (CosXL).
     """
 
-    def __init__(self, sigma_data: float = 1.0):
+    def __init__(self, sigma_data: float = 1.0, negative: bool = False):
         if sigma_data <= 0:
             raise ValueError(f"sigma_data: {sigma_data}; a standard deviation is above 0")
-        self.sigma_data = sigma_data
+        self.sigma_data, self.sign = sigma_data, -1 if negative else 1
 
     def __call__(self, alpha: Tensor, sigma: Tensor) -> Pair:
-        c_in = self.c_in(alpha, sigma)
+        c_in = self.sign * self.c_in(alpha, sigma)
         return c_in * sigma / self.sigma_data, -c_in * alpha * self.sigma_data
 
     def c_in(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -79,8 +81,14 @@ def previous(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> 
     return alpha_s, alpha * sigma_s**2 / (alpha_s * sigma)
 
 
+def velocity(alpha_rate: Tensor, sigma_rate: Tensor) -> Pair:
+    """F = alpha' x0 + sigma' eps: how x_t moves as the share of the way to pure noise grows (2209.15571, 2401.08740)."""
+    return alpha_rate, sigma_rate
+
+
 Parameterization = Callable[[Tensor, Tensor], Pair]
 PARAMETERIZATIONS: dict[str, Parameterization] = {"noise": noise, "data": data, "v": v, "flow": flow, "edm": Preconditioned()}
+MOVING: dict[str, Parameterization] = {"velocity": velocity}
 STEPWISE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Pair]] = {"previous": previous}
 
 

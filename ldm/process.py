@@ -19,7 +19,7 @@ from ldm.common.files import UserError
 
 Number = Tensor | float
 Between = Literal["log_alpha", "log_snr", "level"]
-Tells = Literal["step", "thousandth", "whole"]
+Tells = Literal["step", "thousandth", "whole", "below"]
 Variance = Literal["small", "large", "learned", "learned_range"]
 
 
@@ -98,6 +98,17 @@ class Process:
         """alpha(t) and sigma(t) in fp64."""
         raise NotImplementedError
 
+    def share(self, t: Number) -> Number:
+        """Of the way from clean data (0) to t_max (1)."""
+        return (t - self.t_data) / (self.t_max - self.t_data)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha' = d alpha / du and sigma' in fp64, u the ``share`` of the way: dx_t / du = alpha' x0 + sigma' eps."""
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().clone().requires_grad_()
+            return tuple((self.t_max - self.t_data) * torch.autograd.grad(c.sum(), t, retain_graph=True)[0]
+                         if c.requires_grad else torch.zeros_like(t) for c in self.exact(t))  # fmt: skip
+
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda(t) = log(alpha / sigma), half of the log signal-to-noise ratio (DPM-Solver, 2206.00927)."""
         alpha, sigma = self.exact(in_double(t))
@@ -143,7 +154,7 @@ class Discrete(Process):
         between: what is linear from one step to the next: "log_alpha", the VP diffusion whose beta is constant there;
             "log_snr", log(alpha / sigma), as in k-diffusion; "level", sigma / alpha, as diffusers' Euler, Heun and LMS.
         tells: what the network is told: "step", t; "thousandth", 1000 t / T (Improved DDPM's rescale_timesteps); "whole", t
-            rounded (k-diffusion's quantize).
+            rounded (k-diffusion's quantize; diffusers' solvers on "karras"), "below", t cut (theirs on other levels).
     """
 
     t_data = -1.0
@@ -173,13 +184,20 @@ class Discrete(Process):
             log_alpha = torch.where(inside, 0.5 * torch.nn.functional.logsigmoid(2 * found), log_alpha)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the differences between the steps before and after t, at the ends of those to the next."""
+        low, high = (t - 1).clamp(min=self.t_data), (t + 1).clamp(max=self.t_max)
+        way = (self.t_max - self.t_data) / (high - low)
+        return tuple(way * (after - before) for before, after in zip(self.exact(low), self.exact(high), strict=True))
+
     def time(self, t: Tensor) -> Tensor:
         dtype = t.dtype if t.is_floating_point() else torch.float32
         if self._told is not None:
             t = _between(self._told.to(t.device, torch.float32), t).to(dtype)
         if self.tells == "thousandth":
             return (t * (1000.0 / len(self.alpha_bar))).to(dtype)
-        return t.round() if self.tells == "whole" else t
+        # a level that was found as exp(log(sigma)) lies a little below its step, and is told as the one before
+        return {"whole": t.round(), "below": (t - 2e-4).floor().clamp(min=0)}.get(self.tells, t)
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:
@@ -198,19 +216,21 @@ class DDPM(Discrete):
         start, end: first and last beta of the schedule (its own default if None). Improved DDPM scales those of "linear" with
             the steps: 0.1 / T and 20 / T.
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
+        floor: the least alpha_bar; above 0, the last step of ``zero_terminal`` has a sigma / alpha (diffusers: 2^-24).
         between, tells: see ``Discrete``.
     """
 
     def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
                  steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
-                 between: Between = "log_alpha", tells: Tells = "step"):
+                 floor: float = 0.0, between: Between = "log_alpha", tells: Tells = "step"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
         betas = SCHEDULES[schedule](steps, **given)
         if steps < 1 or not ((betas > 0) & (betas < 1)).all():
             raise UserError(f"DDPM: schedule {schedule!r}, steps {steps}, start {start}, end {end}: expected a step or more, "
                             f"and betas between 0 and 1, got {betas[:1].tolist()} to {betas[-1:].tolist()}")
         alpha_bar = torch.cumprod(1 - betas, 0)
-        super().__init__(zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar, between=between, tells=tells)
+        alpha_bar = (zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor)
+        super().__init__(alpha_bar, between=between, tells=tells)
 
 
 class Table(Discrete):
@@ -218,14 +238,13 @@ class Table(Discrete):
 
     Args:
         alpha_bar: products of 1 - beta, decreasing from below 1 to 0 or above; betas: in their place. One of both.
-        zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
-        between, tells: see ``Discrete``.
+        zero_terminal, floor, between, tells: see ``DDPM``.
 
     A checkpoint holds the numbers themselves: ``block`` is this process's config without the file.
     """
 
     def __init__(self, alpha_bar: list[float] | Path | None = None, betas: list[float] | Path | None = None,
-                 zero_terminal: bool = False, between: Between = "log_alpha", tells: Tells = "step"):
+                 zero_terminal: bool = False, floor: float = 0.0, between: Between = "log_alpha", tells: Tells = "step"):
         if (alpha_bar is None) == (betas is None):
             raise UserError("a table of noise levels is given as alpha_bar or as betas: one of both")
         table = numbers("alpha_bar", alpha_bar) if betas is None else torch.cumprod(1 - numbers("betas", betas), 0)
@@ -235,7 +254,7 @@ class Table(Discrete):
             k = wrong[0]
             raise UserError(f"alpha_bar[{k}] is {float(table[k]):g} after {float(before[k]):g}: alpha-bar, the product of "
                             "1 - beta, has to decrease at every step, from below 1 and not below 0")
-        super().__init__(zero_terminal_snr(table) if zero_terminal else table, between=between, tells=tells)
+        super().__init__((zero_terminal_snr(table) if zero_terminal else table).clamp(min=floor), between=between, tells=tells)
         self.block = {"target": "ldm.process.Table",
                       "params": {"alpha_bar": self.alpha_bar.tolist(), "between": between, "tells": tells}}
 
@@ -307,15 +326,17 @@ class RectifiedFlow(Process):
     Args:
         shift: resolution shift s of 2403.03206, eq. 23: t -> s t / (1 + (s - 1) t); above 1 means more noise. Or how it
             follows from the number of tokens of a picture: see ``sd3_shift``, ``flux_shift``.
+        tells: what the network is told: 1000 sigma, or the whole number below it (diffusers' solvers on a flow).
     """
 
     t_min, t_max = 0.0, 1.0
     straight = True
 
-    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None):
+    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None,
+                 tells: Literal["exact", "below"] = "exact"):
         if isinstance(shift, str) != (tokens is not None):
             raise UserError(f"shift {shift!r} with tokens {tokens}: 'sd3' and 'flux' need tokens, a number takes none")
-        self.shift = SHIFTS[shift](tokens) if isinstance(shift, str) else shift
+        self.shift, self.tells = SHIFTS[shift](tokens) if isinstance(shift, str) else shift, tells
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.shift * t / (1 + (self.shift - 1) * t)
@@ -323,14 +344,19 @@ class RectifiedFlow(Process):
 
     def time(self, t: Tensor) -> Tensor:
         """The network is told sigma, not t, so a shift does not change what it knows."""
-        return 1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype)
+        time = 1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype)
+        return time.floor() if self.tells == "below" else time
 
 
 class EDM(Process):
-    """Variance exploding, alpha = 1, sigma = t in [sigma_min, sigma_max] (2206.00364)."""
+    """Variance exploding, alpha = 1, sigma = t in [sigma_min, sigma_max] (2206.00364).
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0):
-        self.t_min, self.t_max = sigma_min, sigma_max
+    Args:
+        tells: c_noise = ln(sigma) / 4 as it is (diffusers, CosXL), or brought to the range 0..1000 that other processes have.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, tells: Literal["thousand", "c_noise"] = "thousand"):
+        self.t_min, self.t_max, self.tells = sigma_min, sigma_max, tells
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
@@ -339,6 +365,7 @@ class EDM(Process):
         return torch.exp(-in_double(log_snr))
 
     def time(self, t: Tensor) -> Tensor:
-        """c_noise = ln(sigma) / 4, brought to the range 0..1000."""
+        if self.tells == "c_noise":
+            return t.clamp(min=self.t_min).log() / 4
         low, high = math.log(self.t_min), math.log(self.t_max)
         return 1000.0 * (t.clamp(min=self.t_min).log() - low) / (high - low)

@@ -40,12 +40,14 @@ def linear(process: Process, n: int, *, end: End = "data", round: bool = False, 
     return _back(times[:-1], process, n, end) if overlap else _then(times[:-1], process, end)
 
 
-def shifted(process: Process, n: int, *, shift: float = 3.0, first: float = 1.0) -> Tensor:
+def shifted(process: Process, n: int, *, shift: float = 3.0, first: float = 1.0, last: float = 0.0) -> Tensor:
     """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
 
-    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999.
+    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999. last: the one that they would end at, in
+    whose place is clean data.
     """
-    return _at_shares(process, _shift(torch.linspace(first, 0, n + 1, dtype=torch.float64), shift))
+    share = _shift(torch.linspace(first, last, n + 1, dtype=torch.float64), shift)
+    return _at_shares(process, torch.cat([share[:-1], share.new_zeros(1)]))
 
 
 def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None) -> Tensor:
@@ -62,11 +64,11 @@ def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.0
 
 
 def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sigma_min: float | None = None,
-         sigma_max: float | None = None, over: Literal["time", "level", "sigma"] = "time") -> Tensor:
+         sigma_max: float | None = None, span: Spec | None = None, over: Literal["time", "level", "sigma"] = "time") -> Tensor:
     """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173).
 
     over: the time axis; or n of them over noise levels, or over a flow's own sigma, from sigma_max to sigma_min, then clean
-    data (diffusers' use_beta_sigmas).
+    data (diffusers' use_beta_sigmas). span: see ``karras``.
     """
     logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
     share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
@@ -77,8 +79,8 @@ def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sig
     found[even == 1], found[even == 0] = 1, 0
     if over == "time":
         return _at_shares(process, found)
-    low, high = _range(process, sigma_min, sigma_max, over)
-    return _at_levels(process, low + found * (high - low), over, whole=sigma_max is None)
+    low, high = _range(process, sigma_min, sigma_max, over, span, n)
+    return _at_levels(process, low + found * (high - low), over, whole=sigma_max is span is None)
 
 
 def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data",
@@ -139,32 +141,33 @@ def lcm(process: Process, n: int, *, trained: int = 50, end: End = "data") -> Te
 
 
 def karras(process: Process, n: int, *, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None,
-           round: bool = False, over: Over = "level") -> Tensor:
+           span: Spec | None = None, end: End = "data", round: bool = False, over: Over = "level") -> Tensor:
     """n levels, even after the root of order rho, then clean data (EDM, 2206.00364, eq. 5). Every process.
 
-    sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite; k-diffusion and diffusers' DPM
-    take those of the whole training range, diffusers' Euler those of the first and last "leading" time. round: to whole
-    steps, at which a network was trained (discrete kinds). over: "sigma" as diffusers' flow matching, on flows.
+    sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite, as k-diffusion and diffusers' DPM
+    have it. span: another list of n times, between whose first and last levels these lie (diffusers' Euler, Heun, LMS).
+    round: to whole steps, at which a network was trained (discrete kinds). over: "sigma" as diffusers' flow matching, on flows.
     """
-    low, high = _range(process, sigma_min, sigma_max, over)
+    low, high = _range(process, sigma_min, sigma_max, over, span, n)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return _at_levels(process, levels, over, whole=sigma_max is None, round=round)
+    return _at_levels(process, levels, over, whole=sigma_max is span is None, round=round, end=end)
 
 
 def polyexponential(process: Process, n: int, *, rho: float = 1.0, sigma_min: float | None = None,
-                    sigma_max: float | None = None, round: bool = False, over: Over = "level") -> Tensor:
+                    sigma_max: float | None = None, span: Spec | None = None, end: End = "data", round: bool = False,
+                    over: Over = "level") -> Tensor:
     """n levels whose logarithms follow a ramp to the power rho, then clean data (k-diffusion). Every process."""
-    low, high = _range(process, sigma_min, sigma_max, over)
+    low, high = _range(process, sigma_min, sigma_max, over, span, n)
     ramp = torch.linspace(1, 0, n, dtype=torch.float64) ** rho
     levels = torch.exp(math.log(low) + ramp * math.log(high / low))
-    return _at_levels(process, levels, over, whole=sigma_max is None, round=round)
+    return _at_levels(process, levels, over, whole=sigma_max is span is None, round=round, end=end)
 
 
 def exponential(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None,
-                round: bool = False, over: Over = "level") -> Tensor:
+                span: Spec | None = None, end: End = "data", round: bool = False, over: Over = "level") -> Tensor:
     """n levels in even ratios, then clean data (k-diffusion; diffusers' exponential and "lu lambdas"). Every process."""
-    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, round=round, over=over)
+    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, span=span, end=end, round=round, over=over)
 
 
 def log_snr(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
@@ -277,19 +280,25 @@ def _at_shares(process: Process, share: Tensor) -> Tensor:
     return torch.where(share == 1, process.t_max, times)
 
 
-def _at_levels(process: Process, levels: Tensor, over: Over = "level", *, whole: bool, round: bool = False) -> Tensor:
-    """Noise levels (n,) -> times, then clean data. whole: the first is t_max itself."""
+def _at_levels(process: Process, levels: Tensor, over: Over = "level", *, whole: bool, round: bool = False,
+               end: End = "data") -> Tensor:
+    """Noise levels (n,) -> times, then the end. whole: the first is t_max itself."""
     times = _when(process, -(levels if over == "level" else levels / (1 - levels)).log())
     if whole:
         times[0] = process.t_max
     if round:
         _steps(process, 1, "karras, exponential: round")
         times = times.round().unique().flip(0)
-    return _then(times, process, "data")
+    return _then(times, process, end)
 
 
-def _range(process: Process, low: float | None, high: float | None, over: Over = "level") -> tuple[float, float]:
-    """The least and the greatest level: what is asked for, else those of t_min and t_max, as far as they are numbers."""
+def _range(process: Process, low: float | None, high: float | None, over: Over = "level", span: Spec | None = None, n: int = 1
+           ) -> tuple[float, float]:
+    """The least and the greatest level: what is asked for, else those of a list of n times before its end, else those of
+    t_min and t_max, as far as they are numbers."""
+    if span is not None:
+        last, first = torch.exp(-process.log_snr(make_times(span, process, n)[[-2, 0]])).tolist()
+        low, high = last if low is None else low, first if high is None else high
     if over == "sigma" and float(sum(process.exact(torch.tensor(0.5, dtype=torch.float64)))) != 1:
         raise ValueError(f"times over 'sigma' are for flows, where alpha = 1 - sigma; {type(process).__name__} takes 'level'")
     own = torch.exp(-process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64))).tolist()

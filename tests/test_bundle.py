@@ -34,7 +34,7 @@ def test_sizes_are_derived(model_config):
     bundle = Bundle.from_config(model_config)
     network = bundle.denoiser.network
     assert (network.conv_in.in_channels, network.conv_out.out_channels) == (4, 4)
-    assert network.up[0].transformer.blocks[0].attn2.to_k.in_features == bundle.conditioner.width == 32
+    assert network.up[0].attention.blocks[0].attn2.to_k.in_features == bundle.conditioner.width == 32
     assert not any(part.training for part in bundle.modules())
 
 
@@ -151,6 +151,21 @@ def test_the_start_has_the_spread_of_the_process(model_config):
     assert math.isclose(seen[0], 80, rel_tol=0.1)
 
 
+def test_the_start_and_the_range_of_x0_are_the_models(bundle):
+    """A flow begins with noise alone; here 0.9 of the way there is 0.1 of the data's deviation too."""
+    seen = []
+
+    def first(step, t, x, guess):
+        seen.append((x, guess))
+
+    plain, times = copy.copy(bundle), [0.9, 0.5, 0.0]
+    for start, spread in ((None, math.hypot(0.1, 0.9)), ("noise", 0.9), (2.0, 2.0)):
+        plain.sampling = bundle.sampling | {"start": start, "x0": {"name": "clip", "bound": 0.25}}
+        plain.generate("green", times=times, sampler="euler", callback=first)
+        assert torch.allclose(seen[-2][0] / spread, seen[0][0] / math.hypot(0.1, 0.9), atol=1e-6)
+    assert all(guess.x0.abs().max() == 0.25 for _, guess in seen)
+
+
 def test_words_steer(bundle):
     plain, *others = (
         bundle.generate(["a red circle"], guidance=guidance, negative_prompt=negative)
@@ -223,9 +238,12 @@ def test_an_autoencoder_in_half_precision(bundle):
     assert (half.generate(PROMPTS[:1], tile=64, **options) - pictures[:1]).abs().mean() < 0.02
 
 
-def test_convolutions_of_a_loaded_model_are_channels_last(bundle, tmp_path):
+def test_convolutions_are_channels_last_when_something_is_drawn(bundle, tmp_path):
+    """Not when they are loaded: the file stays mapped."""
     bundle.save(tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors")
+    assert loaded.denoiser.network.conv_in.weight.is_contiguous()
+    loaded.generate(PROMPTS[:1], steps=1)
     for weight in (loaded.autoencoder.decoder.levels[0][0].conv1.weight, loaded.denoiser.network.conv_in.weight):
         assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
@@ -341,4 +359,4 @@ def test_parts_of_guidance(bundle):
     stored = bundle.sampling | {"guidance": {"scale": 2.0, "low": 0.5}}
     other = Bundle(bundle.autoencoder, bundle.conditioner, bundle.denoiser, bundle.config, stored)
     assert torch.equal(draw(3, other), early) and torch.equal(draw({"scale": 3, "low": None}, other), everywhere)
-    assert other.plan()["guidance"] == {"scale": 2.0, "low": 0.5, "high": None, "rescale": None}
+    assert other.plan()["guidance"] == {"scale": 2.0, "low": 0.5, "high": None, "rescale": None, "channels": None}

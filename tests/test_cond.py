@@ -104,3 +104,28 @@ def test_an_empty_cond_goes_through_everything():
     results = [empty[:2], empty.repeat_interleave(4), empty.to("cpu", torch.float16), Cond.cat([empty, empty])]
     results.append(empty.where(torch.tensor([True, False]), empty))
     assert all(equal(result, empty) for result in results)
+
+
+def test_filled_takes_what_is_missing_and_a_mask_with_its_tokens():
+    cond, text = make(2), Cond(torch.zeros(2, 4, 5))
+    filled = text.filled(cond)
+    assert filled.tokens is text.tokens and filled.mask is None
+    assert filled.vector is cond.vector and filled.spatial is cond.spatial
+    filled = Cond(vector=torch.ones(2, 6)).filled(cond)
+    assert filled.tokens is cond.tokens and filled.mask is cond.mask and filled.vector.eq(1).all()
+    assert equal(Cond().filled(cond), cond) and equal(cond.filled(Cond()), cond)
+
+
+def test_where_leaves_what_the_other_does_not_have():
+    cond, keep = make(3), torch.tensor([True, False, False])
+    mixed = cond.where(keep, Cond(vector=torch.zeros(1, 6)))
+    assert torch.equal(mixed.tokens, cond.tokens) and torch.equal(mixed.mask, cond.mask)
+    assert torch.equal(mixed.vector, cond.vector * keep[:, None]) and torch.equal(mixed.spatial, cond.spatial)
+
+
+def test_a_spatial_condition_of_one_pixel_is_everywhere():
+    cond, grey = make(2), Cond(spatial=torch.tensor([7.0, 8.0]).view(1, 2, 1, 1))
+    both = Cond.cat([Cond(spatial=cond.spatial), grey.repeat_interleave(2)])
+    assert torch.equal(both.spatial[:2], cond.spatial) and both.spatial[2:, 0].eq(7).all() and both.spatial[2:, 1].eq(8).all()
+    mixed = cond.where(torch.tensor([False, True]), grey)
+    assert mixed.spatial[0, 1].eq(8).all() and torch.equal(mixed.spatial[1], cond.spatial[1])

@@ -10,6 +10,7 @@ from ldm.app.parts import autoencoder_block
 from ldm.app.stages import Stage, read
 from ldm.app.survey import size_of, survey
 from ldm.bundle import Bundle
+from ldm.classifier import NoisyClassifier
 from ldm.common.build import build
 from ldm.common.config import Sampling, check_config, load, section
 from ldm.common.named import pick
@@ -41,7 +42,7 @@ def surveyed():
 
 def test_there_are_configs():
     assert {"autoencoder_kl.yaml", "autoencoder_vq.yaml", "tiny/ldm_txt2img.yaml", "autoencoder/kl_f8.yaml",
-            "diffusion/ldm_txt2img_256.yaml"} <= set(FILES)  # fmt: skip
+            "diffusion/ldm_txt2img_256.yaml", "classifier.yaml"} <= set(FILES)  # fmt: skip
 
 
 @EVERY
@@ -49,7 +50,8 @@ def test_nothing_is_wrong_with_it(path):
     assert check_config(load([path])) == []
     stages, mistakes = read([path])
     assert mistakes == []
-    assert [stage.kind for stage in stages] in (["autoencoder"], ["diffusion"], ["autoencoder", "diffusion"])
+    assert [stage.kind for stage in stages] in (["autoencoder"], ["diffusion"], ["autoencoder", "diffusion"],
+                                                ["autoencoder", "classifier"])  # fmt: skip
 
 
 @EVERY
@@ -69,16 +71,16 @@ def test_its_model_is_built_and_a_picture_passes_through(path, surveyed):
     found = surveyed(path)
     assert all(p.is_meta or isinstance(p, FakeTensor) for p in found.module.parameters())
     assert found.trainable > 0 and all(flops > 0 for flops in found.flops.values())
-    assert {"autoencoder": "autoencoder", "diffusion": "network"}[found.stage.kind] in found.flops
+    assert ("autoencoder" if found.stage.kind == "autoencoder" else "network") in found.flops
     frozen = [part.name for part in found.parts if part.frozen and not part.trainable]
-    assert set(frozen) <= {"autoencoder", "text encoder", "averaged (ema)", "loss"}
+    assert set(frozen) <= {"autoencoder", "text encoder", "picture encoder", "averaged (ema)", "loss"}
 
 
 @EVERY
 def test_every_trained_weight_is_in_one_optimizer_group(path, surveyed):
     found = surveyed(path)
     module = found.module
-    parts = [module.model] if found.stage.kind == "diffusion" else [module.trained]
+    parts = [module.trained]
     parts += [module.critic] if getattr(module, "critic", None) is not None else []
     held = []
     for part in parts:
@@ -102,6 +104,9 @@ def test_its_learning_rate_ends_where_the_run_does(path):
 def test_a_checkpoint_with_it_can_be_read_without_trust(name, surveyed):
     stage = surveyed(FILES[name]).stage
     bundle = Bundle.from_config({**stage.config, "autoencoder": autoencoder_block(stage)}, sampling=stage.sampling)
+    if stage.kind == "classifier":
+        assert bundle.denoiser is None and NoisyClassifier.from_about(surveyed(FILES[name]).module.classifier().about)
+        return
     asked, process = section(stage.config, Sampling), bundle.denoiser.process
     times = make_times(asked.times, process, asked.steps)
     assert (times.diff() < 0).all() and times[0] == process.t_max

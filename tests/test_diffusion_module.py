@@ -16,13 +16,14 @@ from ldm.callbacks.ema import EmaUpdate
 from ldm.callbacks.finite import FiniteGradients
 from ldm.common.random import normal, uniform
 from ldm.cond import Cond
+from ldm.conditioners.base import Conditioner
 from ldm.data.loader import make_loader
 from ldm.lit import DiffusionModule
 
 SEED, WORDS = 7, ["dot", "line", "circle", "triangle"]
 
 
-class Words(nn.Module):
+class Words(Conditioner):
     """A token for each caption, another for the empty one; remembers what it was told to keep."""
 
     width = 8
@@ -35,9 +36,12 @@ class Words(nn.Module):
     def forward(self, batch):
         return Cond(self.table[[WORDS.index(caption) for caption in batch["caption"]]][:, None])
 
-    def drop(self, cond, keep):
-        self.kept.append(keep)
-        return cond.where(keep, Cond(self.empty))
+    def null(self, n):
+        return Cond(self.empty.expand(n, -1, -1))
+
+    def with_dropout(self, batch, draw):
+        self.kept.append(draw("drop") >= self.dropout)
+        return super().with_dropout(batch, draw)
 
 
 class Pictures(Dataset):
@@ -117,7 +121,7 @@ def test_captions_are_dropped_where_their_number_is_below_the_share():
         model.training_step({**given, "image": given["image"][..., :4, :4]}, 0)
         model.validation_step(batch([0, 1]), 0)
         numbers = torch.cat([uniform(SEED, "drop", [p]) for p in positions])
-        tokens = model.condition(model.model, given, numbers).tokens
+        tokens = model.condition(model.model, given, given["image"], {"drop": numbers}.get).tokens
     keep, seen = model.conditioner.kept  # training and condition(); validation drops nothing
     assert torch.equal(keep, numbers >= 0.2) and torch.equal(seen, keep)
     assert (~keep).float().mean().item() == pytest.approx(0.2, abs=0.03)

@@ -318,6 +318,12 @@ def test_files_that_hold_no_table_are_told(tmp_path):
             Table(tmp_path / name)
 
 
+def test_the_network_may_be_told_a_scale_of_1000_steps():
+    told = DDPM("linear", steps=4000, tells="thousandth").time(torch.tensor([0, 1, 617, 3999]))
+    assert told.tolist() == [0.0, 0.25, 154.25, 999.75]
+    assert DDPM("linear", steps=4000).time(torch.tensor([3999.0])).item() == 3999
+
+
 def test_respacing_keeps_the_noise_levels():
     whole = DDPM("linear")
     some = respaced(whole, "25")

@@ -68,8 +68,22 @@ def test_linear_is_trailing_on_discrete_processes():
     assert linear(DDPM(), 3, round=True).tolist() == [999, 666, 332, -1]
 
 
+def test_levels_between_those_of_another_list():
+    process = DDPM()
+    for of in (karras, exponential, polyexponential):
+        found, other = of(process, 10, span="leading"), leading(process, 10)
+        assert torch.allclose(found[[0, -2]], other[[0, -2]].double(), atol=1e-6) and found[-1] == -1
+        ended = of(process, 10, end="first")
+        assert torch.equal(ended[:-1], of(process, 10)[:-1]) and ended[-1] == 0
+
+
 def test_known_lists():
     assert leading(DDPM(), 5).tolist() == [801, 601, 401, 201, 1, -1]
+    assert TIMES["lcm"](DDPM(), 4).tolist() == [999, 759, 499, 259, -1]  # of 19, 39, ... 999: the 50th, 38th, 25th, 13th
+    with pytest.raises(ValueError, match="take 50 at most"):
+        TIMES["lcm"](DDPM(), 51)
+    assert shifted(RectifiedFlow(), 3, shift=1.0, first=0.9).tolist() == pytest.approx([0.9, 0.6, 0.3, 0])
+    assert shifted(RectifiedFlow(), 2, shift=3.0, last=0.5).tolist() == pytest.approx([1, 0.9, 0])
     assert leading(DDPM(), 5, offset=0, end="first").tolist() == [800, 600, 400, 200, 0, 0]
     assert leading(DDPM(), 10, divide="n+1").tolist() == [901, 811, 721, 631, 541, 451, 361, 271, 181, 91, -1]
     assert linspace(DDPM(), 4).tolist() == [999, 666, 333, 0, -1]

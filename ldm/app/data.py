@@ -102,7 +102,7 @@ def cut_captions(dataset: Dataset, conditioner: object) -> Iterator[str]:
         return
     captions = list(dict.fromkeys(dataset.caption(i) for i in range(len(dataset))))
     cut = [(text, words) for text, words in zip(captions, conditioner.dropped_words(captions), strict=True) if words]
-    yield (f"{len(cut):,} of {len(captions):,} different captions ({len(cut) / len(captions):.1%}) have more than the "
+    yield (f"{len(cut):,} of {len(captions):,} different captions ({len(cut) / len(captions):.1%}) are cut at the "
            f"{conditioner.max_length} tokens that the text encoder reads" + ":" * bool(cut))
     for text, words in cut[:LISTED]:
         yield f"  {text[:60]!r} ... not read: {words[:60]!r}"

@@ -116,6 +116,7 @@ def settings_from(args: argparse.Namespace, bundle: Bundle) -> tuple[Settings, d
     """-> what is measured, and what the figures say of it beside the data."""
     from autoencoder.base import Identity
     from ldm.common.named import parse
+    from ldm.conditioners.none import Unconditional
     from ldm.metrics.likelihood import QUIET, Settings
     from ldm.times import make_times
 
@@ -129,7 +130,8 @@ def settings_from(args: argparse.Namespace, bundle: Bundle) -> tuple[Settings, d
     steps = args.steps or (int(process.t_max) + 1 if discrete else STEPS)
     spacing = parse(args.times or ("linear" if discrete else "karras"))
     times = None if args.kind == "ode" else make_times(spacing, process, steps)
-    captions = not (args.no_captions or args.images) and bool(getattr(bundle.conditioner, "width", None))
+    conditions = bundle.conditioner is not None and not isinstance(bundle.conditioner, Unconditional)
+    captions = conditions and not (args.no_captions or args.images)
     quiet = ((bundle.config or {}).get("model", {}).get("params") or {}).get("latents") == "mode"
     settings = Settings(
         times, args.variance, steps if args.continuous else None, args.kind != "bound", args.probes, args.tolerance,

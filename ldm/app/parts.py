@@ -1,6 +1,7 @@
 """What a training is put together from: loaders, the first stage's autoencoder, caches, what checkpoints say of themselves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from itertools import cycle, islice
 from pathlib import Path
@@ -9,19 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.app.stages import Stage
-from ldm.bundle import Bundle
-from ldm.callbacks.images import Panel, reconstructions, samples
-from ldm.common.build import build
+from ldm.bundle import Bundle, versions
+from ldm.callbacks.images import Panel, judged, reconstructions, samples
+from ldm.common.build import build, plain
 from ldm.common.config import Cache, Sampling, section
 from ldm.common.files import UserError
-from ldm.data.loader import make_loader
+from ldm.conditioners.base import entry
+from ldm.conditioners.captions import STORED
+from ldm.conditioners.prompts import reading
+from ldm.data.loader import Placed, make_loader
 from ldm.load import load, read
 
 Tell = Callable[[str], None]
-PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples"}  # folders of sheets, by the kind of the stage
+PICTURES = {"autoencoder": "reconstructions", "diffusion": "samples", "classifier": "judged"}  # folders of sheets, by the stage
 SHOWN = 8  # reconstructions on a sheet
 LINE = 10.0  # seconds between lines about a cache that is being made
 
@@ -31,7 +35,8 @@ def make_module(stage: Stage, autoencoder: nn.Module | None, size: tuple[int, in
     if stage.kind == "autoencoder":
         return build(stage.config["model"], seed=stage.seed)
     sampling = ({"size": list(size[1:])} if size else {}) | stage.sampling
-    return build(stage.config["model"], autoencoder=autoencoder, seed=stage.seed, sampling=sampling)
+    return build(stage.config["model"], autoencoder=autoencoder, seed=stage.seed, sampling=sampling,
+                 size=list(size[1:]) if size else None)
 
 
 def endless(stage: Stage, module: Any, dataset: Dataset) -> DataLoader:
@@ -55,6 +60,7 @@ def autoencoder_of(stage: Stage, checkpoint: Path | None, trust: bool = False) -
     if stage.kind == "autoencoder":
         return None, None
     source = stage.config["autoencoder"]
+    checkpoint = None if stage.lora else checkpoint  # of which hold the changes alone
     if checkpoint is None and "target" in source:
         return build(source), source
     bundle = load_autoencoder(checkpoint or Path(source["ckpt"]), stage, trust)
@@ -99,10 +105,14 @@ def describer(stage: Stage, block: dict | None) -> Callable[[Any], dict]:
     config = stage.config if block is None else {**stage.config, "autoencoder": block}
 
     def describe(module: Any) -> dict:
+        if stage.kind == "classifier":
+            own = {"autoencoder_hash": module.autoencoder.content_hash(), "data": stage.train.fingerprint}
+            return plain({"kind": stage.kind, "config": config, "versions": versions(), **module.classifier().about, **own})
         alone = stage.kind == "autoencoder"
         bundle = Bundle(getattr(module, "best", module.autoencoder)) if alone else bundle_of(module)
         bundle.config, bundle.about = config, {"data": stage.train.fingerprint}
-        return bundle.describe()
+        base = {"kind": "lora", "base": {"path": str(stage.init_from), "hash": stage.init_key}} if stage.lora else {}
+        return bundle.describe() | base
 
     return describe
 
@@ -125,18 +135,31 @@ def prompts(stage: Stage) -> list[str]:
     return list(islice(cycle(texts), max(sampling.count, len(sampling.prompts or []))))
 
 
+def shown(stage: Stage) -> dict:
+    """The batch that sheets are drawn for: the captions of ``prompts``, and what else the items of the validation or training
+    data hold, the first ones again and again, as a run would begin with them."""
+    captions, dataset = prompts(stage), stage.validation or stage.train
+    placed = Placed(dataset, stage.seed)
+    batch = default_collate([placed[(i, i % len(dataset))] for i in range(len(captions))])
+    return {key: value for key, value in batch.items() if key not in ("key", "position")} | {"caption": captions}
+
+
 def prepared(stage: Stage, module: Any, logdir: str | Path, device: torch.device, tell: Tell
              ) -> tuple[Dataset, Dataset | None, Callable[[Any], Panel]]:
     """-> training data, validation data, and what sheets show: from caches where the config says so."""
     if stage.kind == "autoencoder":
         return stage.train, stage.validation, reconstructions(originals(stage))
     train, validation, batch = cached(stage, module, logdir, device, tell)
+    if stage.kind == "classifier":
+        pictures, dataset = originals(stage), stage.validation or stage.train
+        items = default_collate([dataset[i] for i in range(len(pictures))])
+        return train, validation, judged(pictures, entry(items, module.key, module))
     return train, validation, samples(batch, bundle_of)
 
 
 def finish(stage: Stage, module: Any) -> str:
     """What is left to do after the last step, and a line about it. All ranks have to call."""
-    if stage.kind == "diffusion":
+    if stage.kind != "autoencoder":
         return f"{stage.label}: {module.images_seen:,} images seen"
     try:
         measured = module.measure_statistics(one_pass(stage, stage.train, shuffle=True), fingerprint=stage.train.fingerprint)
@@ -159,9 +182,13 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
            ) -> tuple[Dataset, Dataset | None, dict]:
     """-> training and validation data, with what the config wants computed once taken from disk (and put there first), and
     the batch of prompts for sheets. The module is moved to `device`. Each rank makes its share of the cache."""
-    wanted, batch = section(stage.config, Cache), {"caption": prompts(stage)}
-    encodes = getattr(module.conditioner, "encode", None)
-    if not (wanted.latents or (wanted.text and encodes)):
+    wanted, batch = section(stage.config, Cache), shown(stage)
+    key = getattr(module.conditioner, "states_hash", None) if wanted.text else None
+    encodes = module.conditioner.encode if key else None
+    if wanted.text and not key and hasattr(module.conditioner, "encode"):
+        tell(f"{stage.label}: text states are not kept: what makes them is trained")
+    wanted = replace(wanted, text=wanted.text and encodes is not None)
+    if not (wanted.latents or wanted.text):
         return stage.train, stage.validation, batch
     disk = import_module("autoencoder.cached")  # by name: ldm knows no concrete part of stage 1
     root, workers = wanted.dir or Path(logdir) / "cache", stage.config["loader"].get("workers", 0)
@@ -172,16 +199,16 @@ def cached(stage: Stage, module: Any, logdir: str | Path, device: torch.device, 
         if wanted.latents:
             latents = disk.write_latents(dataset, module.autoencoder, root, device=device, workers=workers,
                                     progress=_pace(tell, f"{stage.label}: latents"))  # fmt: skip
-        if wanted.text and encodes:
-            texts = disk.write_text(dataset, encodes, module.conditioner.encoder_hash, root,
+        if wanted.text:
+            texts = disk.write_text(dataset, encodes, key, root,
                                progress=_pace(tell, f"{stage.label}: text states"))  # fmt: skip
         return disk.CachedDataset(dataset, latents, texts)
 
     tell(f"{stage.label}: what is computed once ({' and '.join(_names(wanted))}) is kept in {root}")
     train, validation = stored(stage.train), None if stage.validation is None else stored(stage.validation)
-    if wanted.text and encodes:
-        states, mask = encodes(batch["caption"])
-        batch |= {"text_states": states, "text_mask": mask}
+    if wanted.text:
+        with reading(module.conditioner, stage.sampling.get("prompt_weights")):
+            batch |= dict(zip(STORED, encodes(batch["caption"]), strict=False))
         conditioners = [part for part in module.modules() if hasattr(part, "null_states")]  # the averaged one as well
         for part in conditioners:
             part.null_states()  # guidance compares with it

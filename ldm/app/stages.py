@@ -13,7 +13,7 @@ from ldm.common.config import check_config, load
 from ldm.common.files import UserError, digest, file_sha256
 from ldm.load import find
 
-Kind = Literal["autoencoder", "diffusion"]
+Kind = Literal["autoencoder", "diffusion", "classifier"]
 FIRST = "stage1."  # key=value arguments that begin so are for the config that autoencoder.config names
 SHARED = {"trainer": ("accelerator", "devices", "num_nodes"), "logging": ("wandb",)}  # stage 2 says it for both stages
 INSTEAD = {  # arguments of Lightning's Trainer that something else here stands for
@@ -60,11 +60,23 @@ class Stage:
 
     @property
     def kind(self) -> Kind:
-        return "diffusion" if self.config.get("autoencoder") else "autoencoder"
+        if not self.config.get("autoencoder"):
+            return "autoencoder"
+        return "classifier" if "classifier" in (self.config["model"].get("params") or {}) else "diffusion"
 
     @property
     def trainer(self) -> dict:
         return self.config.get("trainer") or {}
+
+    @property
+    def lora(self) -> dict | None:
+        """Options of a LoRA training (``ldm.adapters.Lora``)."""
+        return (self.config["model"].get("params") or {}).get("lora")
+
+    @property
+    def init_from(self) -> Path | None:
+        """A model whose weights the training begins with."""
+        return Path(self.config["init_from"]) if self.config.get("init_from") else None
 
     @property
     def label(self) -> str:
@@ -121,7 +133,13 @@ class Stage:
         return digest({
             "model": self.config["model"], "data": self.train.fingerprint, "batch_size": self.batch_size,
             "trainer": trainer, "seed": self.seed, "autoencoder": self.autoencoder_key,
+            **({} if self.init_from is None else {"init_from": self.init_key}),
         })  # fmt: skip
+
+    @cached_property
+    def init_key(self) -> str:
+        """Hash of the model that the training begins with."""
+        return _contents(self.init_from)
 
     @cached_property
     def autoencoder_key(self) -> str | None:
@@ -146,12 +164,14 @@ def _contents(path: Path) -> str:
         return digest({str(file.relative_to(path)): file_sha256(file) for file in path.rglob("*") if file.is_file()})
 
 
-def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None
-         ) -> tuple[list[Stage], list[str]]:
+def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None,
+         init_from: str | None = None) -> tuple[list[Stage], list[str]]:
     """-> the stages in the order in which they are trained, and every mistake in their configs."""
     config = plain(load(paths, [o for o in overrides if not o.startswith(FIRST)]))
-    given = {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
-    config |= given
+    given = {"name": name, "seed": seed, "init_from": init_from or config.get("init_from")}
+    config |= {key: value for key, value in given.items() if value is not None}
+    if isinstance(config.get("init_from"), str):
+        config["init_from"] = str(Path(config["init_from"]).expanduser().absolute())
     mistakes = _check(config)
     source = config.get("autoencoder")
     first = source.get("config") if isinstance(source, dict) else None

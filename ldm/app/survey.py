@@ -64,8 +64,9 @@ class Survey:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one checkpoint: weights, averages, the optimizer's moments."""
-        stored = sum(part.trainable + part.frozen for part in self.parts if part.stored)
+        """Bytes of one checkpoint: weights, averages, the optimizer's moments; of a LoRA training those of the changes."""
+        kept = [part for part in self.parts if part.stored]
+        stored = sum(part.trainable + part.frozen * (not self.stage.lora or part.name == EMA) for part in kept)
         return WORD * (stored + MOMENTS * self.trainable) + self.buffers
 
     @property
@@ -102,7 +103,8 @@ class Survey:
         """Bytes on one device, by what they hold."""
         averaged = sum(part.frozen for part in self.parts if part.name == EMA)
         # a text encoder whose states are cached is not there while training
-        here = sum(part.trainable + part.frozen for part in self.parts if part.stored or not self.cache.text) - averaged
+        parts = [part for part in self.parts if part.name != "text encoder" or not self.cache.text]
+        here = sum(part.trainable + part.frozen for part in parts) - averaged
         activations = self.activations * self.stage.batch_size // (2 if self.half else 1)
         return {"weights": WORD * here, "gradients": WORD * self.trainable, "optimizer": WORD * MOMENTS * self.trainable,
                 "averaged": WORD * averaged, "activations": activations}  # fmt: skip
@@ -142,9 +144,11 @@ def survey(stage: Stage, world: int, autoencoder: dict | None, size: Size | None
         found = Survey(stage, module, list(_parts(module)), world, size,
                        buffers=sum(b.numel() * b.element_size() for b in module.buffers()),
                        recomputes=any(getattr(part, "checkpointing", False) for part in module.modules()))  # fmt: skip
+    if stage.kind == "diffusion":
+        check_cache(found.cache, module.conditioner)
     if size is not None:
         check_channels(stage, getattr(module.autoencoder, "image_channels", size[0]), size[0])
-        walk = _walk_autoencoder if stage.kind == "autoencoder" else _walk_diffusion
+        walk = {"autoencoder": _walk_autoencoder, "diffusion": _walk_diffusion, "classifier": _walk_classifier}[stage.kind]
         # tensors that say they are on the CPU (autocast asks) and have no contents either; attention by its formula
         with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
             walk(module.to_empty(device="cpu"), torch.empty(1, *size), found)
@@ -158,6 +162,13 @@ def check_channels(stage: Stage, taken: int, given: int) -> None:
         where = "model.params.autoencoder.params.image_channels" if alone else "autoencoder"
         raise UserError(f"{where}: {taken}{'' if alone else ' channels'}, but the pictures of data.train have {given} "
                         "(data.train.params.channels); give both the same")
+
+
+def check_cache(cache: Cache, conditioner: Any) -> None:
+    """UserError where latents come from disk and the conditioner wants pictures."""
+    if cache.latents and (pictures := getattr(conditioner, "encodes", None)):
+        raise UserError(f"cache.latents: the conditioner encodes pictures of the batch ({', '.join(pictures)}), which are not "
+                        "beside latents on disk; set cache.latents: false")
 
 
 def prepare(module: Any) -> None:
@@ -213,11 +224,15 @@ def _parts(module: nn.Module) -> Iterator[Part]:
         if name == "model":  # what is trained in stage 2, part by part
             yield from _parts(child)
         elif weights := list(child.parameters()):
+            if name == "ema":  # it shares what is frozen
+                others = {id(p) for other in module.children() if other is not child for p in other.parameters()}
+                weights = [p for p in weights if id(p) not in others]
             trainable = sum(p.numel() for p in weights if p.requires_grad)
             yield Part(EMA if name == "ema" else name, trainable, sum(p.numel() for p in weights) - trainable)
-        encoder = getattr(child, "encoder", None)
-        if name == "conditioner" and hasattr(encoder, "facts"):
-            yield Part("text encoder", 0, encoder.facts.parameters, stored=False)
+        for part in child.modules() if name == "conditioner" else ():
+            if hasattr(encoder := getattr(part, "encoder", None), "facts"):  # not a submodule
+                reads = "text" if hasattr(part, "encode") else "picture"
+                yield Part(f"{reads} encoder", 0, encoder.facts.parameters, stored=False)
 
 
 def _walk_autoencoder(module: Any, x: Tensor, found: Survey) -> None:
@@ -230,25 +245,29 @@ def _walk_autoencoder(module: Any, x: Tensor, found: Survey) -> None:
 
 
 def _walk_diffusion(module: Any, x: Tensor, found: Survey) -> None:
-    with torch.no_grad():
-        z, _ = module.autoencoder.posterior(x)
-        if not found.cache.latents:
-            found.frozen_flops["autoencoder"] = _count(lambda: module.autoencoder.posterior(x))
+    z = _latent(module, x, found)
     with _kept(module) as kept:
         cond = Cond()
         if module.conditioner is not None:
-            flops, cond = _count(lambda: _condition(module.conditioner)), _condition(module.conditioner)
+            flops, cond = _count(lambda: module.conditioner.example(z)), module.conditioner.example(z)
             found.flops |= {"conditioner": flops} if flops else {}
         found.flops["network"] = _count(lambda: module.model["denoiser"].raw(z, torch.full((1,), 0.5), cond))
     found.activations = kept()
 
 
-def _condition(conditioner: Any) -> Cond:
-    """As long as they get, without the frozen encoder."""
-    if not hasattr(conditioner, "refine"):
-        return conditioner.null(1)
-    length = conditioner.max_length
-    return conditioner.refine(torch.empty(1, length, conditioner.encoder.width), torch.ones(1, length, dtype=torch.bool))
+def _walk_classifier(module: Any, x: Tensor, found: Survey) -> None:
+    z = _latent(module, x, found)
+    with _kept(module) as kept:
+        found.flops["network"] = _count(lambda: module.classifier(ema=False)(z, torch.full((1,), 0.5)))
+    found.activations = kept()
+
+
+def _latent(module: Any, x: Tensor, found: Survey) -> Tensor:
+    with torch.no_grad():
+        z, _ = module.autoencoder.posterior(x)
+        if not found.cache.latents:
+            found.frozen_flops["autoencoder"] = _count(lambda: module.autoencoder.posterior(x))
+    return z
 
 
 def _count(run: Callable[[], Any]) -> int:

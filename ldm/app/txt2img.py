@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUMMARY = "Draw pictures from prompts."
+READING = ("prompt_weights", "long")
 SHEET, SHOWN = "sheet.png", 64  # the contact sheet, and how many pictures it shows at most
 PREVIEW = "preview.png"  # the batch that is being drawn
 
@@ -44,6 +45,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n-samples", type=positive, default=1, metavar="N", help="pictures of each prompt (1)")
     sampling_arguments(parser)
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction, default=None,
+                        help="prompts have weights in them: (more), [less], (word:1.3); default: as stored with the model")
+    parser.add_argument("--long", choices=("cut", "error", "window"), default=None,
+                        help="of prompts that are longer than the text encoder reads at once: leave the rest out, refuse "
+                             "them, or read all in several windows; default: as stored with the model")
     parser.add_argument("--seed", type=int, metavar="K", help="of the first picture; the next has K + 1 (0)")
     parser.add_argument("--height", type=positive, metavar="H", help="pixels; default: as stored with the model")
     parser.add_argument("--width", type=positive, metavar="W")
@@ -68,6 +74,7 @@ class Order:
     negative: str | None
     size: list[int] | None  # height, width
     settings: dict  # of Bundle.plan
+    reading: dict  # how prompts are read, of Bundle.generate: prompt_weights, long
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,8 +88,9 @@ def run(args: argparse.Namespace) -> None:
         for name in ("precision", "autoencoder_precision", "tile"):
             if getattr(args, name) is None:
                 setattr(args, name, old.get(name))
+        args.lora = args.lora or old.get("lora") or []
     bundle = load_model(args)
-    facts = facts_of(bundle, args.batch_size, args.tile)
+    facts = facts_of(bundle, args.batch_size, args.tile) | ({"lora": args.lora} if args.lora else {})
     if args.from_image:
         warn_of_differences(args.from_image, facts)
     with enough_memory():
@@ -113,6 +121,7 @@ def order_from(args: argparse.Namespace) -> Order:
         negative=old.get("negative_prompt") if args.negative_prompt is None else args.negative_prompt,
         size=[args.height, args.width] if args.height else old.get("size"),
         settings=settings,
+        reading={name: old.get(name) if getattr(args, name) is None else getattr(args, name) for name in READING},
     )
 
 
@@ -179,7 +188,8 @@ def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile:
     more = any(value is not None for part, value in guidance.items() if part != "scale")
     about = {"negative_prompt": order.negative, "sampler": chosen["sampler"], "steps": chosen["steps"],
              "times": chosen["times"], "scale": guidance["scale"], **({"guidance": guidance} if more else {}),
-             "size": order.size or bundle.sampling.get("size"), **(facts or {})}  # fmt: skip
+             "size": order.size or bundle.sampling.get("size"), **(facts or {}),
+             **{name: value for name, value in order.reading.items() if value is not None}}  # fmt: skip
     shown, folder = [], files[0].parent
     batches = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with tqdm(total=len(batches) * chosen["steps"], desc="drawing", unit="step", disable=None) as bar:
@@ -190,7 +200,7 @@ def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile:
 
         for batch in batches:
             pictures = bundle.generate([prompts[i] for i in batch], seed=order.seed, indices=batch, size=order.size,
-                                       negative_prompt=order.negative, callback=look, tile=tile, **chosen)
+                                       negative_prompt=order.negative, callback=look, tile=tile, **order.reading, **chosen)
             for i, picture in zip(batch, pictures.cpu(), strict=True):
                 own = {"prompt": prompts[i], "seed": order.seed + i, **about}
                 png.write(files[i], to_image(picture), own if facts else None)

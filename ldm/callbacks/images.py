@@ -13,8 +13,12 @@ from torch import Tensor
 
 from ldm.callbacks.clock import Clock
 from ldm.callbacks.sheet import save_png, sheet
+from ldm.classifier import cross_entropy
+from ldm.common.random import normal
 
 log = logging.getLogger(__name__)
+
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of the way to noise, at which a classifier is looked at
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,24 @@ def samples(batch: dict, bundle_of: Callable[[LightningModule], Any], seed: int 
         return Panel(pictures, batch["caption"], about=about)
 
     return panel
+
+
+def judged(originals: Tensor, classes: Tensor, seed: int = 0) -> Callable[[LightningModule], Panel]:
+    """(N,C,H,W), (N,) -> a panel of these with more and more noise, and what the averaged classifier gives their class."""
+
+    def panel(module: LightningModule) -> Panel:
+        classifier, y = module.classifier(), classes.to(module.device)
+        z = module.autoencoder.encode(originals.to(module.device))
+        noise = normal(z.shape[1:], seed, "judged", range(len(z)), z.device)
+        process, pictures, captions = classifier.process, [], []
+        for share in SHARES:
+            t = torch.full((len(z),), process.t_min + share * (process.t_max - process.t_min), device=z.device)
+            losses, _ = cross_entropy(classifier, z, y, t, noise)
+            pictures.append(module.autoencoder.decode(process.add_noise(z, noise, t)).float().cpu().clamp(-1, 1))
+            captions += [f"t {t[0]:.3g}: p {p:.2f}" for p in (-losses).exp().tolist()]
+        return Panel(torch.cat(pictures), captions, columns=len(z), about={"classes": classes.tolist(), "seed": seed})
+
+    return torch.no_grad()(panel)
 
 
 class Pictures(Callback):

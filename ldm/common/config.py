@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -50,20 +50,25 @@ class Cache:
 
 
 class Guidance(TypedDict, total=False):
-    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); and
-    the share in which the guided prediction gets back its standard deviation (null: none)."""
+    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); the
+    share in which the guided prediction gets back its standard deviation (null: none); and how many of the latents' channels
+    it guides, the first ones (null: all)."""
 
     scale: float
     low: float | None
     high: float | None
     rescale: float | None
+    channels: int | None
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are made where nothing else is asked for; stored with the model. sampler, times: a name, or name and
     options ({name: karras, rho: 5}); times: also a list of times, which is brought to that many steps. count: pictures in a
-    sample grid; prompts: their captions (null: captions of the validation data), repeated as needed."""
+    sample grid; prompts: their captions (null: captions of the validation data), repeated as needed. prompt_weights: prompts
+    may have weights in them, "(word:1.3)" (null: as the conditioner is set). x0: how every guess of the data is kept in range,
+    a name in ldm.guidance.BOUNDS with options, for pixels (null: not at all). start: standard deviation of what sampling starts
+    from, "noise": that of the noise alone (null: that of noisy data of unit variance)."""
 
     sampler: str | dict = "dpmpp_2m"
     steps: int = 20
@@ -71,6 +76,9 @@ class Sampling:
     guidance: float | Guidance = 3.0
     prompts: list[str] | None = None
     count: int = 8
+    prompt_weights: bool | None = None
+    x0: str | dict | None = None
+    start: Literal["noise"] | float | None = None
     check_params = staticmethod(at_least(steps=1, count=1))
 
 
@@ -118,6 +126,7 @@ class Config:
     logging: dict | None = None
     checkpoint: dict | None = None
     trainer: dict | None = None
+    init_from: str | None = None
 
 
 def load(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> DictConfig:
@@ -219,15 +228,16 @@ def check_config(cfg: Mapping, allowed: Iterable[str] | None = None) -> list[str
 
 
 def _check_kind(config: dict) -> list[str]:
-    """The sections that only a diffusion model has. A training module says what it trains by its attribute `kind`."""
+    """The sections that only some trainings have. A training module says what it trains by its attribute `kind`."""
     try:
         kind = getattr(locate(config["model"]["target"]), "kind", None) if is_block(config.get("model")) else None
     except UserError:
         return []  # `check` has told it
-    if kind == "diffusion" and not config.get("autoencoder"):
-        return [f"autoencoder: missing; a diffusion model needs one of {', '.join(SOURCES)}"]
-    foreign = ("autoencoder", "cache", "sampling") if kind == "autoencoder" else ()
-    reason = "belongs to diffusion models, this config trains an autoencoder"
+    if kind in ("diffusion", "classifier") and not config.get("autoencoder"):
+        what = {"diffusion": "diffusion model", "classifier": "classifier"}[kind]
+        return [f"autoencoder: missing; a {what} needs one of {', '.join(SOURCES)}"]
+    foreign = {"autoencoder": ("autoencoder", "cache", "sampling"), "classifier": ("sampling",)}.get(kind, ())
+    reason = f"belongs to diffusion models, this config trains {'an autoencoder' if kind == 'autoencoder' else 'a classifier'}"
     return [f"{key}: {reason}" for key in foreign if config.get(key)]
 
 
@@ -286,4 +296,5 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 NAMES: dict[tuple[str, str], str] = {
     ("sampling", "sampler"): "ldm.samplers.SAMPLERS",
     ("sampling", "times"): "ldm.times.TIMES",
+    ("sampling", "x0"): "ldm.guidance.BOUNDS",
 }

@@ -67,7 +67,7 @@ class Ema(nn.Module):
     """A shadow of ``module`` in fp32: call it where you would call the original.
 
     Args:
-        module: what to average; it is copied, not kept.
+        module: what to average; it is copied, not kept, but for its frozen weights, which the shadow shares.
         decay: weight of the past in one update, in [0, 1), or a profile.
         warmup: with a number, shorten the memory of the first updates (``warmed_decay``).
     """
@@ -76,7 +76,9 @@ class Ema(nn.Module):
         super().__init__()
         if isinstance(decay, (int, float)) and not 0 <= decay < 1:
             raise ValueError(f"EMA decay is {decay}; it must be in [0, 1)")
-        self.shadow = copy.deepcopy(module).float().requires_grad_(False).eval()
+        frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+        self.shadow = copy.deepcopy(module, dict(frozen)).requires_grad_(False).eval()
+        self.shadow._apply(lambda t: t.float() if t.is_floating_point() and id(t) not in frozen else t)
         self.decay, self.warmup = decay, warmup
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
@@ -85,9 +87,8 @@ class Ema(nn.Module):
         """shadow += (1 - decay) * (module - shadow), buffers copied. images: seen so far, where the profile counts them."""
         self.updates += 1
         keep = self._keep(int(self.updates), images)
-        shadows = list(self.shadow.parameters())
-        torch._foreach_lerp_(shadows, [p.detach().to(s.dtype) for s, p in zip(shadows, module.parameters(), strict=True)],
-                             1 - keep)
+        pairs = [(s, p) for s, p in zip(self.shadow.parameters(), module.parameters(), strict=True) if s is not p]
+        torch._foreach_lerp_([s for s, _ in pairs], [p.detach().to(s.dtype) for s, p in pairs], 1 - keep)
         for s, b in zip(self.shadow.buffers(), module.buffers(), strict=True):
             s.copy_(b)
 

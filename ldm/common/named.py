@@ -1,5 +1,5 @@
 """Choices by name with options, as configs and the command line write them: "karras", {name: karras, rho: 5}, and on the
-command line "karras:rho=5". The options of a function are its keyword-only parameters."""
+command line "karras:rho=5". The options of a function are its keyword-only parameters, and those that have a default."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def problems(spec: Any, table: Mapping[str, Callable], what: str) -> list[str]:
 
 def options_of(call: Callable) -> dict:
     """-> the keyword-only parameters that a user may give."""
-    own = {key for key, one in signature(call).parameters.items() if one.kind is Parameter.KEYWORD_ONLY}
+    own = {key for key, one in signature(call).parameters.items()
+           if one.kind is Parameter.KEYWORD_ONLY or one.default is not Parameter.empty}
     found = parameters(call.func if isinstance(call, partial) else call)[0]
     return {key: one for key, one in found.items() if key in own and key not in GIVEN}
 

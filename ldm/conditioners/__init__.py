@@ -1,1 +1,1 @@
-"""Conditioners: modules that turn a batch (a dict) into a Cond. Each has forward(batch), null(n), width."""
+"""Conditioners: modules that turn a batch (a dict) into a Cond. See base.py for the contract."""

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Mapping
+from typing import Any
 
 from ldm.cond import Cond
+from ldm.conditioners.base import Conditioner
 
 
-class Unconditional(nn.Module):
+class Unconditional(Conditioner):
     """For models of images alone: every condition is empty."""
 
-    width = None
-    dropout = 0.0
     encoder_hash = "none"
 
-    def forward(self, batch: dict) -> Cond:
+    def forward(self, batch: Mapping[str, Any]) -> Cond:
         return Cond()
-
-    def null(self, n: int) -> Cond:
-        return Cond()
-
-    def drop(self, cond: Cond, keep: Tensor) -> Cond:  # keep: (B,) bool
-        return cond

@@ -99,7 +99,7 @@ def from_tables(root: Path, images: list[str], tables: list[str], notes: list[st
         folder = PurePosixPath(table).parent
         for path, caption in rows(root / table, notes):
             total += 1
-            image = _inside(root, folder, path)
+            image = inside(root, folder, path)
             if image not in known:
                 lost.append(path)
             elif image in captions:
@@ -118,12 +118,24 @@ def from_tables(root: Path, images: list[str], tables: list[str], notes: list[st
     return captions
 
 
-def _inside(root: Path, folder: PurePosixPath, path: str) -> str:
+def inside(root: Path, folder: PurePosixPath, path: str) -> str:
     """-> a table's path as we name images: relative to root, forward slashes, no detours."""
     path = path.replace("\\", "/")
     if os.path.isabs(path):
         return PurePosixPath(os.path.relpath(path, root.absolute())).as_posix()
     return os.path.normpath(folder / path).replace(os.sep, "/")
+
+
+def records(table: Path) -> Iterator[tuple[str, dict]]:
+    """-> (where in the table, all columns) of each row of a .jsonl, .csv or .parquet file. Raises UserError."""
+    if table.suffix == ".parquet":
+        with _parquet(table) as file:
+            numbered = enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), start=1)
+            yield from ((f"{table}, row {number}", row) for number, row in numbered)
+    else:
+        text, _ = read_text(table)
+        lines = _csv_rows(table, text) if table.suffix == ".csv" else _json_rows(table, text)
+        yield from ((f"{table}:{number}", row) for number, row in lines)
 
 
 def rows(table: Path, notes: list[str]) -> Iterator[tuple[str, str]]:
@@ -162,17 +174,21 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{table}:{reader.line_num}: not CSV: {error}") from error
 
 
-def _parquet_rows(table: Path) -> Iterator[tuple[str, str]]:
+def _parquet(table: Path) -> Any:
+    """-> the file, open. Raises UserError."""
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{table}: to read it, install pyarrow: pip install pyarrow") from error
     try:
-        file = ParquetFile(table)
+        return ParquetFile(table)
     except ArrowInvalid as error:
         raise UserError(f"{table}: not a Parquet file: {str(error).splitlines()[0]}") from error
-    with file:
+
+
+def _parquet_rows(table: Path) -> Iterator[tuple[str, str]]:
+    with _parquet(table) as file:
         image, caption = columns(str(table), file.schema_arrow.names)
         number = 0
         for batch in file.iter_batches(columns=[image, caption]):

@@ -105,7 +105,8 @@ class Placed(Dataset[dict]):
 
     def __getitems__(self, batch: list[tuple[int, int]]) -> list[dict]:  # what DataLoader calls when it is there
         before = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        if hasattr(self.dataset, "__getitems__"):  # a data set that gives many at once, as caches do, draws nothing
+        many = hasattr(self.dataset, "__getitems__") and not getattr(self.dataset, "draws", False)
+        if many:  # a data set that gives many at once, as caches do, and draws nothing
             items = self.dataset.__getitems__([index for _, index in batch])
             return [{**item, "position": position} for item, (position, _) in zip(items, batch, strict=True)]
         try:

@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 
 from ldm.common.files import UserError, digest
 from ldm.common.random import key_to_seed
-from ldm.data.transforms import VERSION, BrokenImage, prepare, unpack
+from ldm.data.transforms import VERSION, BrokenImage, prepare, sides, unpack
 
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "all"]
 Scan = Literal["all", "sample"]
 SAMPLE = 1000  # pictures that scan="sample" looks at
+MIRRORED = "|mirrored"  # how the keys of mirrored items end
 TRIES = 10  # pictures in a row that may turn out unreadable during training
 LISTED = 20  # names in a report
 KINDS = {1: "grey", 2: "grey and opacity", 3: "RGB", 4: "RGBA"}  # by the number of channels
@@ -104,18 +105,26 @@ class Pictures(Dataset[dict]):
                 )
             else:
                 return {"image": image.flip(-1) if mirrored else image, "caption": self.caption(j % len(self)),
-                        "key": self._keys[entry] + "|mirrored" * mirrored}  # fmt: skip
+                        "key": self._keys[entry] + MIRRORED * mirrored}  # fmt: skip
         raise OSError(f"{self.where}: {TRIES} images in a row cannot be read; is the disk still there?")
 
     def caption(self, i: int) -> str:
         return self._captions[self._locate(i)[0]]
+
+    def key(self, i: int) -> str:
+        entry, mirrored = self._locate(i)
+        return str(self._keys[entry]) + MIRRORED * mirrored
+
+    def original(self, i: int) -> tuple[int, int]:
+        """-> height and width of the picture in its file, before the square in its middle is cut out."""
+        return sides(self.read(self._locate(i)[0]), self.channels)
 
     def identity(self, i: int) -> str:
         """-> SHA-256 of the file's bytes, kept in memory; a mirrored item's ends in "|mirrored"."""
         entry, mirrored = self._locate(i)
         if not self._hashes[entry]:
             self._hashes[entry] = hashlib.sha256(self.read(entry)).hexdigest()
-        return self._hashes[entry].decode() + "|mirrored" * mirrored
+        return self._hashes[entry].decode() + MIRRORED * mirrored
 
     @property
     def fingerprint(self) -> str:

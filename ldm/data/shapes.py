@@ -307,10 +307,13 @@ class Shapes(Dataset):
     def __getitem__(self, i: int) -> dict:
         drawn = self.scene(i)
         image = torch.from_numpy(draw(drawn).transpose(2, 0, 1).astype(np.float32)) / 127.5 - 1  # (3,64,64) in [-1,1]
-        return {"image": image, "caption": caption(drawn), "key": f"{self.seed}-{self.start + i:08d}"}
+        return {"image": image, "caption": caption(drawn), "key": self.key(i)}
 
     def caption(self, i: int) -> str:
         return caption(self.scene(i))
+
+    def key(self, i: int) -> str:
+        return f"{self.seed}-{self.start + i:08d}"
 
     def identity(self, i: int) -> str:
         return digest("shapes", repr(self.scene(i)))

@@ -24,6 +24,7 @@ from ldm.data.arrays import (
     scaled,
 )
 
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on, a picture lies on its side
 VERSION = 1  # part of every fingerprint: raise it when the pixels that come out change
 
 
@@ -50,6 +51,15 @@ def square(image: Image.Image, size: int) -> Image.Image:
     # cropped before, as resize(box=...) would let pixels beside the box in
     image = image.crop((left, top, left + side, top + side))
     return image.resize((size, size), Image.Resampling.LANCZOS if side >= size else Image.Resampling.BICUBIC)
+
+
+def sides(data: bytes, channels: int = 3) -> tuple[int, int]:
+    """-> height and width of a picture, turned as EXIF says, without unpacking it; of an array too. Raises BrokenImage."""
+    if is_array(data):
+        return read_array(data, channels).shape[:2]
+    with _told(), Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
 
 
 def unpack(data: bytes, channels: int = 3, value_range: Sequence[float] | None = None, at_least: int | None = None

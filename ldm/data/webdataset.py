@@ -149,8 +149,7 @@ class Index:
 
     def unique_keys(self, shards: list[Path]) -> list[str]:
         """-> keys, after the shard's name (and folder, if there are several) where another shard has the same."""
-        counts, top = Counter(self.keys), os.path.commonpath([path.absolute().parent for path in shards])
-        names = [path.absolute().relative_to(top).with_suffix("").as_posix() for path in shards]
+        counts, names = Counter(self.keys), names_of(shards)
         placed = zip(self.keys, self.shard, strict=True)
         return [key if counts[key] == 1 else f"{names[shard]}/{key}" for key, shard in placed]
 
@@ -164,6 +163,12 @@ class Index:
             (len(self.latin), "captions are not UTF-8 and were read as Latin-1", self.latin),
         ]
         return [f"{n:,} {what}" + f": {', '.join(names[:5])}" * bool(names) for n, what, names in lines if n]
+
+
+def names_of(shards: list[Path]) -> list[str]:
+    """-> what precedes the keys that several shards have: each shard's name, and folder if there are several."""
+    top = os.path.commonpath([path.absolute().parent for path in shards])
+    return [path.absolute().relative_to(top).with_suffix("").as_posix() for path in shards]
 
 
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:

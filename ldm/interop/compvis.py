@@ -18,7 +18,7 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.files import UserError, nearest
 from ldm.interop import names
-from ldm.interop.foreign import about, refuse_others, renamed, translated
+from ldm.interop.foreign import about, refuse_others, renamed, settings_for, translated
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ FIRST_STAGE = "first_stage_model."  # what its names begin with inside a diffusi
 NEEDED = ("ch", "num_res_blocks", "z_channels", "in_channels", "out_ch", "resolution")
 
 
-def holds_autoencoder(keys: Iterable[str], prefix: str = "") -> bool:
+def holds(keys: Iterable[str], prefix: str = "") -> bool:
     """Whether these names are those of such an autoencoder."""
     return any(re.match(rf"{re.escape(prefix)}(encoder\.down|decoder\.up)\.\d", key) for key in keys)
 
@@ -177,15 +177,21 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: where there is no place for the autoencoder.
     """
-    params, weights = renamed(bundle, "compvis")
+    yaml, spec = yaml_of(bundle), bundle.autoencoder.spec
+    if bool(spec.shift.any()) or not bool((spec.scale == 1).all()):
+        log.warning("shift and scale of the latents have no place in the layout of CompVis: %s, %s", spec.shift.tolist(),
+                    spec.scale.tolist())  # fmt: skip
+    return renamed(bundle, "compvis"), yaml
+
+
+def yaml_of(bundle: Bundle) -> dict:
+    """The yaml of the bundle's autoencoder. UserError where there is no such autoencoder there."""
+    params = settings_for(bundle, "compvis")
     refuse_others(params, "CompVis", pre=True, post=True, groups=32)
     levels, mult = params["attention_levels"] or [], list(params["mult"] or (1, 2, 4, 4))
     if params["decoder_attention_levels"] is not None:
         refuse_others(params, "CompVis", decoder_attention_levels=levels)
     spec, bottleneck = bundle.autoencoder.spec, params["bottleneck"]
-    if bool(spec.shift.any()) or not bool((spec.scale == 1).all()):
-        log.warning("shift and scale of the latents have no place in the layout of CompVis: %s, %s", spec.shift.tolist(),
-                    spec.scale.tolist())  # fmt: skip
     side = 256  # of a training picture; it only places attention
     kinds = {"softmax": "vanilla", "linear": "linear"}
     dd = dict(double_z="codes" not in bottleneck, z_channels=params["features"] or spec.channels, resolution=side,
@@ -199,7 +205,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     own = {"n_embed": bottleneck["codes"]} if "codes" in bottleneck else {}
     model = {"target": f"ldm.models.autoencoder.{'VQModel' if own else 'AutoencoderKL'}",
              "params": {"embed_dim": spec.channels, **own, "ddconfig": dd, "lossconfig": {"target": "torch.nn.Identity"}}}
-    return weights, {"model": model}
+    return {"model": model}
 
 
 def _kl(channels: int) -> dict:

@@ -11,6 +11,7 @@ from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.common.weights import compare
 from ldm.interop import names
+from ldm.interop.rows import SAME, Change, Row, pair
 
 BOTTLENECKS = ("autoencoder.bottlenecks.KL", "autoencoder.bottlenecks.VQ")
 
@@ -19,6 +20,24 @@ def about(block: Mapping, layout: str) -> dict:
     """What a checkpoint of ours with this autoencoder says of itself."""
     config = {"model": {"target": "autoencoder.lit.AutoencoderModule", "params": {"autoencoder": dict(block)}}}
     return {"kind": "autoencoder", "config": config, "layout": layout}
+
+
+MATRIX = Change(lambda w: w[..., None, None] if w.ndim == 2 else w, lambda w: w.flatten(1))  # there; here a 1x1 convolution
+CONVOLUTION = Change(MATRIX.to_us, lambda w: w)
+
+
+def autoencoder_rows(block: Mapping, layout: str, prefix: str = "") -> list[Row]:
+    """The table of the autoencoder that ``block`` describes, for every tensor that may exist (see ``rows.existing``)."""
+    if block["target"] != names.CONVOLUTIONAL:
+        return []
+    rows = [Row(("bottleneck.codebook",), (f"{prefix}quantize.embedding.weight",))]
+    for layer in names.layers(names.Layout.of(block)):
+        for inner, theirs in layer.inside.items():
+            theirs = names.inner(layer, inner, layout, prefix)
+            attends = layer.inside in names.ATTENTION.values() and inner != "norm"
+            change = SAME if not attends else MATRIX if layout == "diffusers" else CONVOLUTION
+            rows += pair(f"{layer.ours}.{inner}" if inner else layer.ours, theirs, weight=change)
+    return rows
 
 
 def translated(block: Mapping, layout: str, tensors: Mapping[str, Tensor], origin: str, prefix: str = "") -> dict[str, Tensor]:
@@ -42,14 +61,25 @@ def translated(block: Mapping, layout: str, tensors: Mapping[str, Tensor], origi
     return {ours: given[theirs].to(torch.float32) for ours, theirs in table.items()} | names.own(expected)
 
 
-def renamed(bundle: Bundle, layout: str) -> tuple[dict, dict[str, Tensor]]:
-    """For writing: the settings of the bundle's autoencoder, its bottleneck's too, and its weights by the names of ``layout``.
+def block_of(bundle: Bundle) -> dict:
+    """The block of its autoencoder."""
+    return bundle.config.get("autoencoder") or bundle.config["model"]["params"]["autoencoder"]
+
+
+def renamed(bundle: Bundle, layout: str) -> dict[str, Tensor]:
+    """The weights of the bundle's autoencoder by the names of ``layout``."""
+    table = names.table(names.Layout.of(block_of(bundle)), layout)
+    weights = {name: value.detach().cpu().contiguous() for name, value in bundle.autoencoder.state_dict().items()}
+    return {table[name]: value for name, value in weights.items() if name in table}
+
+
+def settings_for(bundle: Bundle, layout: str) -> dict:
+    """The settings of the bundle's autoencoder, its bottleneck's too.
 
     Raises:
-        UserError: where that layout has no place for them.
+        UserError: where that layout has no place for it.
     """
-    block = bundle.config.get("autoencoder") or bundle.config["model"]["params"]["autoencoder"]
-    table, params = names.table(names.Layout.of(block), layout), names.settings(block)
+    params = names.settings(block_of(bundle))
     bottleneck = params["bottleneck"]
     if bottleneck["target"] not in BOTTLENECKS:
         raise UserError(f"{layout} has no bottleneck {bottleneck['target']}; it has {' and '.join(BOTTLENECKS)}")
@@ -59,8 +89,7 @@ def renamed(bundle: Bundle, layout: str) -> tuple[dict, dict[str, Tensor]]:
     widths = [params["width"] * m for m in params["mult"] or (1, 2, 4, 4)]
     if any(width % params["groups"] for width in widths):
         raise UserError(f"{layout} needs widths that its {params['groups']} groups of normalisation divide, not {widths}")
-    weights = {name: value.detach().cpu().contiguous() for name, value in bundle.autoencoder.state_dict().items()}
-    return params, {table[name]: value for name, value in weights.items() if name in table}
+    return params
 
 
 def refuse_others(params: Mapping, where: str, **only: object) -> None:

@@ -65,11 +65,12 @@ def settings(block: Mapping) -> dict[str, Any]:
     return defaults(block)
 
 
-def defaults(block: Mapping) -> dict[str, Any]:
-    """The params of a block, those that it leaves out as its target's signature has them."""
-    bound = inspect.signature(locate(block["target"])).bind(**(block.get("params") or {}))
+def defaults(block: Mapping, *given: str) -> dict[str, Any]:
+    """The params of a block, those that it leaves out as its target's signature has them; without those that the program
+    gives."""
+    bound = inspect.signature(locate(block["target"])).bind_partial(**(block.get("params") or {}))
     bound.apply_defaults()
-    return dict(bound.arguments)
+    return {name: value for name, value in bound.arguments.items() if name not in given}
 
 
 def layers(at: Layout) -> Iterator[Layer]:
@@ -112,18 +113,22 @@ def _blocks(ours: str, compvis: str, diffusers: str, k: int, count: int, attenti
             k += 1
 
 
+def inner(layer: Layer, name: str, layout: str, prefix: str = "") -> str:
+    """What "compvis" or "diffusers" calls a part of a layer."""
+    theirs = layer.inside[name][("compvis", "diffusers").index(layout)]
+    if theirs is None:
+        raise UserError(f"attention_kind: linear; there is no such layer in the layout of {layout}")
+    return prefix + ".".join(part for part in (getattr(layer, layout), theirs) if part)
+
+
 def table(at: Layout, layout: str, prefix: str = "") -> dict[str, str]:
     """Our name -> the name in "compvis" or "diffusers", for every weight that may exist; ``prefix`` stands before theirs."""
     found = {"bottleneck.codebook": f"{prefix}quantize.embedding.weight"}
     for layer in layers(at):
-        theirs = getattr(layer, layout)
-        for inner, (compvis, diffusers) in layer.inside.items():
-            name = compvis if layout == "compvis" else diffusers
-            if name is None:
-                raise UserError(f"attention_kind: linear; there is no such layer in the layout of {layout}")
+        for name in layer.inside:
             for kind in ("weight", "bias"):
-                ours = ".".join(part for part in (layer.ours, inner, kind) if part)
-                found[ours] = prefix + ".".join(part for part in (theirs, name, kind) if part)
+                ours = ".".join(part for part in (layer.ours, name, kind) if part)
+                found[ours] = f"{inner(layer, name, layout, prefix)}.{kind}"
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from autoencoder.base import Autoencoder, Identity
 from ldm.common.random import generator
 from ldm.cond import Cond
+from ldm.conditioners.base import encoded
 from ldm.denoiser import Denoiser, bind
 from ldm.likelihood import (
     DECODERS,
@@ -98,7 +99,7 @@ def evaluate(autoencoder: Autoencoder, conditioner: nn.Module | None, denoiser: 
             settings = replace(settings, latent_std=QUIET)
         std = settings.decoder_std or likeliest_std(autoencoder, batches, settings)
     for batch, positions in numbered(batches()):
-        x, denoise = batch["image"], under(conditioner, denoiser, batch, settings.captions)
+        x, denoise = batch["image"], under(conditioner, denoiser, batch, settings.captions, autoencoder)
         if pixels:
             if settings.clip:
                 denoise = clamped(denoise, *(autoencoder.normalise(torch.full_like(x[:1], side)) for side in (-1, 1)))
@@ -242,11 +243,14 @@ def draws(seed: int, use: str, positions: list[int]) -> Noise:
 
 
 @torch.no_grad()
-def under(conditioner: nn.Module | None, denoiser: Denoiser, batch: dict, captions: bool) -> Denoise:
+def under(conditioner: nn.Module | None, denoiser: Denoiser, batch: dict, captions: bool, autoencoder: Autoencoder) -> Denoise:
     """The network without guidance, under the pictures' own conditions or the empty one."""
     if conditioner is None:
         return bind(denoiser, Cond())
-    return bind(denoiser, conditioner(batch) if captions else conditioner.null(len(batch["image"])))
+    if not captions:
+        return bind(denoiser, conditioner.null(len(batch["image"])))
+    size = (side // autoencoder.factor for side in batch["image"].shape[2:])
+    return bind(denoiser, conditioner(encoded(conditioner, autoencoder, batch, size)))
 
 
 def level_masses(space: Identity) -> Decoder:

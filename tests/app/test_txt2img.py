@@ -17,6 +17,7 @@ from ldm.bundle import Bundle, versions
 from ldm.load import load
 
 ROOT = Path(__file__).parents[2]
+CLIP = ROOT / "tests" / "data" / "parity" / "txt2img_kl" / "clip_tiny"
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,23 @@ def test_a_picture_draws_itself_again(ckpt, tmp_path, sampler, caplog):
     assert "may differ" not in caplog.text
     other = draw(ckpt, tmp_path / "c", "--from-image", str(tmp_path / "a" / "00001.png"), "--seed", "9")
     assert not torch.equal(again, other) and png.read(tmp_path / "c" / "00000.png")["scale"] == 4
+
+
+def test_how_prompts_are_read_is_asked_for_and_kept(ckpt, bundle, tmp_path, capsys):
+    long, heavy = "a red star on white " * 8, "a (red:1.8) star"
+    plain = draw(ckpt, tmp_path / "a", "--prompt", heavy, long, "--steps", "2")
+    read = draw(ckpt, tmp_path / "b", "--prompt", heavy, long, "--steps", "2", "--prompt-weights", "--long", "window")
+    assert not any(torch.equal(a, b) for a, b in zip(plain, read, strict=True))
+    made = bundle.generate([heavy], steps=2, prompt_weights=True)
+    assert torch.equal(read[0], ((made + 1) * 127.5).round().to(torch.uint8)[0])
+    about = png.read(tmp_path / "b" / "00001.png")
+    assert (about["prompt_weights"], about["long"]) == (True, "window")
+    assert torch.equal(draw(ckpt, tmp_path / "c", "--from-image", str(tmp_path / "b" / "00001.png"))[0], read[1])
+    again = draw(ckpt, tmp_path / "d", "--from-image", str(tmp_path / "b" / "00000.png"), "--no-prompt-weights")
+    assert torch.equal(again[0], plain[0])
+    capsys.readouterr()
+    assert "has more than 24 tokens" in fails(capsys, "txt2img", "--ckpt", ckpt, "--outdir", str(tmp_path / "e"), "--prompt",
+                                              long, "--long", "error")  # fmt: skip
 
 
 def test_how_it_was_drawn_is_in_the_picture(ckpt, bundle, tmp_path):
@@ -224,6 +242,13 @@ def test_data_check(model_config, tmp_path, capsys):
     assert main(["data", "check", str(config)]) == 0
     said = capsys.readouterr().out
     assert "drawn shapes: 40 images" in said and "24 tokens" in said
+    clip = {"target": "ldm.conditioners.clip.ClipText", "params": {
+        "vocab_size": 589, "width": 8, "layers": 1, "max_length": 9, "vocabulary": str(CLIP)}}  # fmt: skip
+    for long, count in (("cut", "39 of 39"), ("window", "0 of 39")):
+        model = {"params": {"conditioner": {**clip, "params": clip["params"] | {"long": long}}}}
+        config.write_text(json.dumps({"model": model, "data": {"train": train}}))
+        assert main(["data", "check", str(config)]) == 0
+        assert f"{count} different captions" in capsys.readouterr().out
     train["params"] = {"cuont": 4}
     config.write_text(json.dumps({"data": {"train": train}}))
     assert "nearest: 'count'" in fails(capsys, "data", "check", str(config))

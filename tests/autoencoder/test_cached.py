@@ -113,6 +113,16 @@ def test_each_caption_is_encoded_once_and_padded_with_zeros(tmp_path):
     assert len(encode.asked) == 7
 
 
+def test_a_vector_for_each_caption_is_kept_with_its_states(tmp_path):
+    def encode(captions):
+        lengths = torch.tensor([float(len(caption)) for caption in captions])
+        return torch.ones(len(captions), 2, 3), torch.ones(len(captions), 2, dtype=torch.bool), lengths[:, None]
+
+    held = CachedDataset(Toy(), texts=write_text(Toy(), encode, "e", tmp_path))
+    assert held.batch(range(4))["text_vector"].tolist() == [[float(len(caption))] for caption in WORDS]
+    assert held[3]["text_vector"].dtype == torch.float32
+
+
 def test_states_beyond_half_precision_are_kept_whole(tmp_path):
     def encode(captions):
         return torch.full((len(captions), 1, 2), 1e6), torch.ones(len(captions), 1, dtype=torch.bool)

@@ -75,6 +75,19 @@ def test_training_in_half_precision_is_averaged_in_full(net):
     assert torch.allclose(moved, 0.001 * (half.linear.weight.float() - before), atol=1e-6) and moved.abs().min() > 5e-4
 
 
+def test_what_is_frozen_is_shared_and_left_as_it_is(net):
+    net.linear.weight.requires_grad_(False)
+    half = net.bfloat16()
+    ema = Ema(half, 0.9)
+    assert ema.shadow.linear.weight is half.linear.weight and half.linear.weight.dtype is torch.bfloat16
+    assert ema.shadow.linear.bias is not half.linear.bias and ema.shadow.linear.bias.dtype is torch.float32
+    before, bias = half.linear.weight.clone(), ema.shadow.linear.bias.clone()
+    with torch.no_grad():
+        half.linear.bias.add_(1.0)
+    ema.update(half)
+    assert torch.equal(half.linear.weight, before) and not torch.equal(ema.shadow.linear.bias, bias)
+
+
 def test_state_travels(net):
     ema = Ema(net, 0.9)
     for _ in range(3):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ldm.common.files import UserError
+from ldm.conditioners.captions import REPORTED
 from ldm.conditioners.none import Unconditional
-from ldm.conditioners.text import REPORTED, TextConditioner
+from ldm.conditioners.text import TextConditioner
 
 WIDTH = 16
 CAPTIONS = ["a red circle", "two small blue squares on a green field", ""]
@@ -137,10 +138,10 @@ def test_null_is_the_empty_caption(folder):
     assert torch.equal(null.mask, empty.mask)
 
 
-def test_drop_replaces_only_what_is_not_kept(bert):
+def test_dropout_replaces_the_captions_whose_number_is_below_it(bert):
     conditioner = TextConditioner(bert, dropout=0.1)
     cond = conditioner({"caption": CAPTIONS})
-    dropped = conditioner.drop(cond, torch.tensor([True, False, True]))
+    dropped = conditioner.with_dropout({"caption": CAPTIONS}, {"drop": torch.tensor([0.1, 0.09, 0.7])}.get)
     assert torch.equal(dropped.tokens[[0, 2]], cond.tokens[[0, 2]])
     length = conditioner.null(1).tokens.shape[1]
     assert torch.equal(dropped.tokens[1, :length], conditioner.null(1).tokens[0])
@@ -159,7 +160,8 @@ def test_the_empty_caption_outlives_the_encoder(bert):
 
 def test_unconditional_is_a_conditioner_too():
     none = Unconditional()
-    cond = none.drop(none({"image": torch.zeros(2, 3, 4, 4)}), torch.tensor([True, False]))
+    cond, null = none.with_null({"image": torch.zeros(2, 3, 4, 4)})
+    assert null is None
     assert (cond.tokens, cond.vector, cond.spatial, none.null(2).tokens) == (None, None, None, None)
 
 
@@ -203,7 +205,45 @@ def test_many_cut_captions_do_not_flood_the_log(bert, caplog):
 
 def test_cut_captions_can_be_refused(bert):
     with pytest.raises(UserError, match="more than 8 tokens.*'many'"):
-        TextConditioner(bert, max_length=8, truncate="error").encode(["red blue small circle red blue many"])
+        TextConditioner(bert, max_length=8, long="error").encode(["red blue small circle red blue many"])
+
+
+def test_long_captions_are_read_in_windows(folder):
+    conditioner = TextConditioner(folder, max_length=6, long="window")
+    long, short = "red blue small circle red blue many many", "red"
+    cond = conditioner({"caption": [long, short]})
+    read = conditioner.tokenizer([long], "window").ids[0]
+    alone, _ = conditioner.encode(read)
+    real = conditioner.real(read)
+    assert len(read) == 2 and not cond.tokens[~cond.mask].any()
+    torch.testing.assert_close(cond.tokens[0][cond.mask[0]], alone[:, :6][real], atol=1e-5, rtol=1e-4)
+    once = conditioner({"caption": [short]})
+    torch.testing.assert_close(cond.tokens[1][cond.mask[1]], once.tokens[once.mask], atol=1e-5, rtol=1e-4)
+    assert conditioner.dropped_words([long]) == [""] and not conditioner.cut
+    assert conditioner.states_hash != TextConditioner(folder, max_length=6).states_hash == conditioner.encoder_hash
+
+
+def test_weights_move_states_away_from_the_empty_caption(folder):
+    plain, weighted = TextConditioner(folder), TextConditioner(folder, prompt_weights=True)
+    expected, mask = plain.encode(["a red circle"])
+    found, same = weighted.encode(["a (red:1.5) circle"])
+    empty, real = plain.null_states()
+    first = len(plain.tokenizer.before) + 1  # a
+    last = empty[0, real.sum() - 1]  # where the empty caption has ended
+    assert torch.equal(mask, same) and torch.equal(found[0, :first], expected[0, :first])
+    assert torch.equal(found[0, first + 1 :], expected[0, first + 1 :])
+    torch.testing.assert_close(found[0, first], last + 1.5 * (expected[0, first] - last))
+    assert torch.equal(weighted.encode(["a red circle"])[0], expected)
+
+
+def test_token_ids_take_the_place_of_captions(folder):
+    conditioner = TextConditioner(folder, width=8, depth=1, heads=2)
+    randomize(conditioner)
+    ids = conditioner.tokenizer(CAPTIONS).ids[:, 0]
+    by_ids, by_text = conditioner({"caption": ids}), conditioner({"caption": CAPTIONS})
+    assert torch.equal(by_ids.mask, by_text.mask) and torch.equal(by_ids.tokens, by_text.tokens)
+    with pytest.raises(UserError, match=r"token ids: expected whole numbers \(B,L\)"):
+        conditioner({"caption": ids[0]})
 
 
 # ---- options
@@ -216,7 +256,7 @@ def test_cut_captions_can_be_refused(bert):
         ({"layer": [0, -5]}, "layer -5"),
         ({"max_length": 41}, "max_length 41.*3 to 40"),
         ({"dropout": 1.5}, "dropout 1.5"),
-        ({"truncate": "chunk"}, "'report' or 'error'"),
+        ({"long": "chunk"}, "'cut', 'error', 'window'"),
         ({"depth": 1, "heads": 3}, "heads 3: must divide the token width 16"),
         ({"encoder": "/no/such/folder"}, "/no/such/folder: no such folder"),
     ],

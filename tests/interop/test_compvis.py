@@ -179,7 +179,7 @@ def test_inside_a_diffusion_models_checkpoint():
         "channels": 4, "scale_factor": 0.2, "first_stage_config": config["model"]}}}  # fmt: skip
     whole = {"model.diffusion_model.out.2.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1),
              **{compvis.FIRST_STAGE + key: value for key, value in weights.items()}}  # fmt: skip
-    assert compvis.holds_autoencoder(whole, compvis.FIRST_STAGE) and not compvis.holds_autoencoder(whole)
+    assert compvis.holds(whole, compvis.FIRST_STAGE) and not compvis.holds(whole)
     for given in (around, None):
         about, tensors = compvis.read(whole, given, "x", compvis.FIRST_STAGE)
         assert about["kind"] == "autoencoder"
@@ -251,9 +251,9 @@ def test_shapes_that_do_not_tell(tmp_path):
     refused(lambda: ldm.load(path), "do not tell the architecture", "give the yaml that it was trained with")
 
 
-def test_a_whole_diffusion_model_is_refused(tmp_path, lightning):
+def test_a_diffusion_model_of_no_known_shape_asks_for_its_yaml(tmp_path, lightning):
     weights = {"model.diffusion_model.out.2.weight": torch.zeros(1), "first_stage_model.encoder.down.0.block.0.x": torch.zeros(1)}
-    refused(lambda: ldm.load(saved(tmp_path / "sd.ckpt", weights)), "a CompVis or Stable Diffusion checkpoint")
+    refused(lambda: ldm.load(saved(tmp_path / "sd.ckpt", weights)), "not those of a published one", "give the yaml")
     refused(lambda: ldm.load(saved(tmp_path / "sd.ckpt", weights, **lightning)), "sd.ckpt")
 
 

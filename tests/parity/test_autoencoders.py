@@ -179,5 +179,5 @@ def test_names_of_diffusers_for_stable_diffusion():
         table = names.table(names.Layout.of(block), layout)
         theirs = [table[key] for key in model if key in table]
         assert len(set(theirs)) == len(theirs) == len(PUBLISHED["kl-f8"]["keys"])
-        assert compvis.holds_autoencoder(theirs) == (layout == "compvis")
-        assert diffusers.holds_autoencoder(theirs) == (layout == "diffusers")
+        assert compvis.holds(theirs) == (layout == "compvis")
+        assert diffusers.holds(theirs) == (layout == "diffusers")

@@ -1,0 +1,105 @@
+"""What a picture shows as a condition: CLIP's embedding of it, given or computed by a frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ldm.common.build import Block
+from ldm.common.files import UserError
+from ldm.cond import Cond
+from ldm.conditioners.base import Conditioner, Draw, check_dropout, like, tensor
+from ldm.conditioners.noise import Augmentation
+from ldm.conditioners.vision import FrozenVision
+from ldm.networks.layers import timestep_embedding
+from ldm.process import Process
+
+
+class ImageEmbedding(Conditioner):
+    """A picture's embedding -> a vector (unCLIP, 2204.06125; Stable unCLIP), or tokens (IP-Adapter, 2308.06721).
+
+    The batch has "image_embedding" (B,D), or pictures (B,3,H,W) in [-1,1] which the encoder reads.
+
+    Args:
+        encoder: a folder or a model hub id of CLIP's vision tower; None: embeddings are given.
+        embedding_width: D, where there is no encoder.
+        to: "vector", "tokens" made of the embedding, or "patches": the encoder's last hidden states as tokens.
+        width: of the tokens, by a trained projection; None: as they are. count: tokens that one embedding becomes.
+        noise: process of the noise augmentation of the vector, such as DDPM(cosine); None: none. The vector is then
+            [D numbers, D sinusoids of the level]: with mean and std of the embeddings,
+            mean + std (alpha (e - mean) / std + sigma eps).
+        max_noise_level: training draws levels below it. noise_level: where a batch does not say another.
+        dropout: share of samples that training gives zeros, which are the null.
+        key: of the pictures.
+
+    The encoder is no submodule: it is absent from parameters() and state_dict(), and read when a picture comes.
+    """
+
+    def __init__(self, encoder: str | None = None, embedding_width: int | None = None,
+                 to: Literal["vector", "tokens", "patches"] = "vector", width: int | None = None, count: int = 1,
+                 noise: Process | Block | None = None, max_noise_level: int | None = None, noise_level: int = 0,
+                 dropout: float = 0.0, key: str = "image"):
+        super().__init__()
+        self.encoder = None if encoder is None else FrozenVision(encoder)
+        if (encoder is None) == (embedding_width is None) or (to == "patches" and encoder is None):
+            raise UserError(f"ImageEmbedding: encoder {encoder}, embedding_width {embedding_width}, to {to}: give an encoder, "
+                            "or the width of embeddings that are given, which are no patches")
+        if (to == "vector" and (width or count != 1)) or (to != "vector" and noise) or (to == "patches" and count != 1):
+            raise UserError(f"ImageEmbedding: to {to!r} does not go with width {width}, count {count}, noise {noise}; width is "
+                            "of tokens, count of tokens of one embedding, noise of a vector")
+        self.embedding_width = embedding_width or self.encoder.facts.width
+        self.to_what, self.count, self.key, self.dropout = to, count, key, check_dropout(dropout)
+        self.noise = None if noise is None else Augmentation(noise, max_noise_level, noise_level)
+        self.project = nn.Identity()
+        if to == "vector":
+            self.vector_width = self.embedding_width * (1 if noise is None else 2)
+        else:
+            given = self.encoder.facts.hidden if to == "patches" else self.embedding_width
+            self.width = width or given
+            self.length = self.encoder.facts.length if to == "patches" else count
+            if width is not None or count > 1:
+                self.project = nn.Sequential(nn.Linear(given, count * self.width), nn.Unflatten(-1, (count, self.width)),
+                                             nn.LayerNorm(self.width))  # fmt: skip
+        if noise is not None:
+            self.register_buffer("mean", torch.zeros(self.embedding_width))
+            self.register_buffer("std", torch.ones(self.embedding_width))
+
+    @property
+    def encoder_hash(self) -> str | None:
+        return None if self.encoder is None else self.encoder.hash
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Of the embeddings (D,), for the noise; saved with the model."""
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def with_dropout(self, batch: Mapping[str, Any], draw: Draw) -> Cond:
+        return super().with_dropout(batch if self.noise is None else self.noise.drawn(batch, draw), draw)
+
+    def forward(self, batch: Mapping[str, Any]) -> Cond:
+        if self.to_what == "patches":
+            return Cond(self.tokens(self.encoder(tensor(batch, self.key, self, (3, None, None)))[1]))
+        if "image_embedding" in batch or self.encoder is None:
+            e = tensor(batch, "image_embedding", self, (self.embedding_width,)).float()
+        else:
+            e = self.encoder(tensor(batch, self.key, self, (3, None, None)))[0]
+        if self.to_what == "tokens":
+            return Cond(self.tokens(e[:, None]))
+        if self.noise is None:
+            return Cond(vector=e)
+        noisy, level = self.noise((e - self.mean) / self.std, batch, "image_embedding/noise")
+        return Cond(vector=torch.cat([self.mean + self.std * noisy, timestep_embedding(level, self.embedding_width)], dim=1))
+
+    def null(self, n: int) -> Cond:
+        if self.to_what == "vector":
+            return Cond(vector=torch.zeros(n, self.vector_width))
+        given = self.encoder.facts.hidden if self.to_what == "patches" else self.embedding_width
+        return Cond(self.tokens(torch.zeros(n, 1, given)))
+
+    def tokens(self, e: Tensor) -> Tensor:  # (B,N,D) -> (B, N * count, width)
+        e = self.project(like(e, self.project))
+        return e.flatten(1, 2) if e.ndim == 4 else e

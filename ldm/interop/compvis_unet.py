@@ -1,0 +1,118 @@
+"""CompVis', Stability's and guided-diffusion's settings of a UNet, as a block of ours and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ldm.common.build import near
+from ldm.common.files import UserError
+
+UNET = "ldm.networks.unet.UNet"
+TARGETS = ("ldm.modules.diffusionmodules.openaimodel.UNetModel", "sgm.modules.diffusionmodules.openaimodel.UNetModel")
+SAME = {"model_channels": "model_channels", "num_res_blocks": "num_res_blocks", "dropout": "dropout", "dims": "dims",
+        "resblock_updown": "resblock_updown", "use_scale_shift_norm": "scale_shift", "conv_resample": "conv_resample",
+        "use_linear_in_transformer": "linear_projections", "use_checkpoint": "checkpointing",
+        "num_attention_blocks": "attention_blocks"}  # fmt: skip
+DEFAULTS = {"dropout": 0.0, "dims": 2, "resblock_updown": False, "use_scale_shift_norm": False, "conv_resample": True,
+            "use_linear_in_transformer": False, "use_checkpoint": False, "num_attention_blocks": None}  # fmt: skip
+READ_HERE = ("attention_resolutions", "channel_mult", "num_classes", "num_heads", "num_head_channels", "num_heads_upsample",
+             "use_new_attention_order", "use_spatial_transformer", "transformer_depth", "transformer_depth_middle",
+             "context_dim", "legacy", "disable_self_attentions", "disable_middle_self_attn", "adm_in_channels", "in_channels",
+             "out_channels")  # fmt: skip
+IGNORED = ("image_size", "use_fp16", "spatial_transformer_attn_type", "use_bf16")  # what leaves no trace in the model
+VECTORS = {"continuous": "linear", "sequential": "mlp", "timestep": "mlp"}  # num_classes -> how the vector joins
+GROUPS = 32
+
+
+def block_of(unet: Mapping, origin: str) -> dict:
+    """Our block of the network that ``unet``, the params of a UNetModel, describes. UserError for what has no counterpart."""
+    known = (*SAME, *READ_HERE, *IGNORED)
+    for name in unet:
+        if name not in known and not (name == "n_embed" and unet[name] is None):
+            raise UserError(f"{origin}: unet_config.params.{name}: {unet[name]!r} has no counterpart here{near(name, known)}")
+    for name in ("model_channels", "num_res_blocks", "attention_resolutions"):
+        if name not in unet:
+            raise UserError(f"{origin}: unet_config.params.{name}: missing")
+    params = {ours: unet.get(name, DEFAULTS.get(name)) for name, ours in SAME.items()}
+    mult = list(unet.get("channel_mult", (1, 2, 4, 8)))
+    levels, text = len(mult), bool(unet.get("use_spatial_transformer"))
+    depth = unet.get("transformer_depth", 1) if text else 1
+    depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * levels
+    where = {int(factor) for factor in unet["attention_resolutions"]}
+    channels, heads, upward = (_number(unet.get(name, -1)) for name in ("num_head_channels", "num_heads", "num_heads_upsample"))
+    if text and not unet.get("context_dim"):
+        raise UserError(f"{origin}: unet_config.params.context_dim: missing, and use_spatial_transformer needs it")
+    if heads is channels is None and where:
+        raise UserError(f"{origin}: unet_config.params: neither num_heads nor num_head_channels is given")
+    params |= {
+        "channel_mult": mult, "attention": "transformer" if text else "self", "groups": GROUPS, "head_channels": channels,
+        "transformer_depth": [depths[level] if 2**level in where else 0 for level in range(levels)],
+        "middle_depth": unet.get("transformer_depth_middle") or depths[-1], "num_heads": heads or 1,
+    }  # fmt: skip
+    if upward and not text and channels is None and unet.get("legacy", True):
+        params["up_heads"] = upward
+    if unet.get("disable_self_attentions"):
+        params["cross_only"] = [bool(flag) for flag in unet["disable_self_attentions"]]
+    if unet.get("disable_middle_self_attn"):
+        params["middle_cross_only"] = True
+    classes = unet.get("num_classes")
+    if classes is not None:
+        params["vector"] = VECTORS.get(classes, "add") if isinstance(classes, str) else "add"
+    if mult[0] != 1:  # there the first convolution is as wide as the first level
+        params |= {"time_channels": params["model_channels"], "model_channels": int(params["model_channels"] * mult[0]),
+                   "channel_mult": [m / mult[0] for m in mult]}  # fmt: skip
+    return {"target": UNET, "params": {name: value for name, value in params.items() if value is not None}}
+
+
+def _number(given: object) -> int | None:
+    return None if given in (None, -1) else int(given)
+
+
+def params_of(network: nn.Module, params: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None,
+              vector_dim: int | None) -> dict:
+    """The params of a UNetModel for a network that was built from these params (all of them, defaults too).
+
+    Raises:
+        UserError: where there is no such network there.
+    """
+    for name, value in (("patch_size", 1), ("qk_norm", False), ("ff_mult", 4), ("time_channels", None)):
+        if params[name] != value:
+            raise UserError(f"CompVis has no UNet with {name}: {params[name]!r}, only {value!r}")
+    groups = {module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)}
+    if groups != {GROUPS}:
+        raise UserError(f"CompVis' UNets have {GROUPS} groups in every normalisation, this one {sorted(groups)}: train with "
+                        f"network.params.groups: {GROUPS}")
+    mult, depths, middle = list(params["channel_mult"]), list(params["transformer_depth"]), network.middle[0].attention
+    if mult[0] != 1 or middle is None:
+        raise UserError(f"CompVis has no UNet with channel_mult that begins with {mult[0]}, only 1" if mult[0] != 1 else
+                        "CompVis has no UNet without attention in the middle")
+    found = {theirs: params[ours] for theirs, ours in SAME.items() if theirs not in DEFAULTS or params[ours] != DEFAULTS[theirs]}
+    found |= {"image_size": 32, "in_channels": in_channels, "out_channels": out_channels, "channel_mult": mult,
+              "attention_resolutions": [2**level for level, depth in enumerate(depths) if depth]}  # fmt: skip
+    text = params["attention"] == "transformer"
+    if params["head_channels"]:
+        found["num_head_channels"] = params["head_channels"]
+    elif isinstance(params["num_heads"], (list, tuple)) and len(set(params["num_heads"])) > 1:
+        raise UserError(f"CompVis has no UNet with num_heads {list(params['num_heads'])}: one number for all levels, or head_channels")
+    else:
+        heads = params["num_heads"]
+        found["num_heads"] = heads[0] if isinstance(heads, (list, tuple)) else heads
+    if text:
+        depth, inside = len(middle.blocks), {each for each in depths if each}
+        found |= {"use_spatial_transformer": True, "context_dim": context_dim, "legacy": False,
+                  "transformer_depth": depth if inside <= {depth} else [each or 1 for each in depths]}  # fmt: skip
+        if not inside <= {depth}:
+            found["transformer_depth_middle"] = depth
+    if params["up_heads"]:
+        found["num_heads_upsample"] = params["up_heads"]
+    if params["cross_only"]:
+        found["disable_self_attentions"] = list(params["cross_only"])
+    if params["middle_cross_only"]:
+        found["disable_middle_self_attn"] = True
+    if vector_dim is not None and params["vector"] != "add":
+        found |= {"mlp": {"num_classes": "sequential", "adm_in_channels": vector_dim}, "linear": {"num_classes": "continuous"}}[
+            params["vector"]]
+    return found
