@@ -43,8 +43,8 @@ def linear(process: Process, n: int, *, end: End = "data", round: bool = False, 
 def shifted(process: Process, n: int, *, shift: float = 3.0, first: float = 1.0, last: float = 0.0) -> Tensor:
     """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
 
-    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999. last: the one that they would end at, in
-    whose place is clean data.
+    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999. last: the one that they would end
+    at, in whose place is clean data.
     """
     share = _shift(torch.linspace(first, last, n + 1, dtype=torch.float64), shift)
     return _at_shares(process, torch.cat([share[:-1], share.new_zeros(1)]))
