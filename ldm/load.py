@@ -200,34 +200,24 @@ def _read_safetensors(file: Path) -> tuple[dict | None, dict[str, Tensor], int |
 
 
 def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]:
-    is_zip = zipfile.is_zipfile(file)  # the zip's directory is at its end: half a file has none
     head = _head(file)
-    if not is_zip and not head.startswith(pickles.OLD):
-        said = "damaged: its end is missing" if head.startswith(b"PK") else _instead(file) or "not a checkpoint"
-        raise UserError(f"{file}: {said} ({file.stat().st_size:,} bytes); {READ}")
+    if not head.startswith((b"PK", pickles.OLD)):
+        raise UserError(f"{file}: {_instead(file) or 'not a checkpoint'} ({file.stat().st_size:,} bytes); {READ}")
+    if head.startswith(b"PK") and not zipfile.is_zipfile(file):  # the zip's directory is at its end: half a file has none
+        raise UserError(f"{file}: damaged: its end is missing ({file.stat().st_size:,} bytes); {READ}")
     try:
-        saved, refused = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True), None
+        saved, strange = pickles.read(file)
     except pickle.UnpicklingError as error:
-        saved, refused = _without_the_rest(file), _refused(error)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
     state = saved.get("state_dict", saved)
     state = state if isinstance(state, dict) else {}
-    tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
-    if refused and ("ldm" in saved or _reader(tensors) is None):
-        raise UserError(f"{file}: holds more than tensors and plain data ({refused}), which could run code and "
-                        f"is not read; {READ}")
+    tensors = {str(key): value for key, value in state.items() if not strange or isinstance(value, Tensor)}
+    if strange and ("ldm" in saved or _reader(tensors) is None):
+        raise UserError(f"{file}: holds more than tensors and plain data ({', '.join(sorted(strange)[:3])}), which could run "
+                        f"code and is not read; {READ}")
     return saved.get("ldm"), tensors, saved.get("global_step")
-
-
-def _without_the_rest(file: Path) -> object:
-    """What torch refused to read whole, with stand-ins for all that is neither tensor nor plain data."""
-    try:
-        return pickles.read(file)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
 
 
 def _reader(keys: Iterable[str]) -> ModuleType | None:
@@ -256,12 +246,6 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
         if any(re.search(pattern, key) for key in tensors):
             return kind
     return f"a file that does not say what model it holds (it has {', '.join(list(tensors)[:2]) or 'nothing'} ...)"
-
-
-def _refused(error: pickle.UnpicklingError) -> str:
-    """What torch refused to unpickle."""
-    named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported \w+ ([\w.]+)", str(error))
-    return named[1] if named else _one_line(error)
 
 
 def _check_autoencoder(found: Checkpoint, bundle: Bundle) -> None:
