@@ -28,7 +28,7 @@ from ldm.conditioners.base import encoded
 from ldm.conditioners.prompts import Long, reading
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
-from ldm.guidance import BOUNDS, batched, cfg, clip, rescale, within
+from ldm.guidance import BOUNDS, batched, cfg, clip, on_channels, rescale, within
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow
 from ldm.samplers import SAMPLERS, Callback
@@ -36,7 +36,7 @@ from ldm.times import make_times
 
 log = logging.getLogger(__name__)
 
-GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None}  # low <= t <= high: where it guides; None: everywhere
+GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None, "channels": None}
 DEFAULTS = {"sampler": "dpmpp_2m", "steps": 20, "times": "linear", "guidance": 3.0}
 PACKAGES = ("torch", "transformers", "safetensors")  # whose versions a checkpoint and a picture name
 DECODED = 2**20  # pixels that are decoded at a time
@@ -168,8 +168,9 @@ class Bundle(nn.Module):
             prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]} or {"class": [3, 5]}, where a
                 single number is that of all; or how many pictures, without any.
             sampler: a name in SAMPLERS, {"name": "ddim", "eta": 0.5}, or a function like those.
-            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale"} what is to be
-                another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891).
+            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale", "channels"} what is
+                to be another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891),
+                on the first channels alone. None: everywhere, not at all, on all.
             size: height and width of the pictures.
             x_T: (B,C,h,w) what sampling starts from, in place of noise.
             times: a name in TIMES, {"name": "karras", "rho": 5}, or decreasing times (N+1,) of the process: as they are
@@ -255,6 +256,8 @@ class Bundle(nn.Module):
             guided = cfg(towards, away, guidance["scale"])
             if guidance["rescale"]:
                 guided = rescale(guided, towards, self.denoiser.process, guidance["rescale"])
+            if guidance["channels"]:
+                guided = on_channels(guided, towards, guidance["channels"])
             low, high = (math.inf * side if at is None else at for side, at in ((-1, guidance["low"]), (1, guidance["high"])))
             denoise = within(low, high, guided, denoise)
         if self.sampling.get("x0"):

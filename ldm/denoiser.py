@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from autoencoder.base import Autoencoder
 from ldm.common.build import Block, build, is_block
 from ldm.cond import Cond
-from ldm.parameterization import PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
+from ldm.parameterization import MOVING, PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
 from ldm.process import Process, in_double
 
 LearnedVariance = Literal["fixed", "learned", "learned_range"]
@@ -88,12 +88,14 @@ def linear_map(process: Process, parameterization: str | Parameterization, t: Te
     here = process.exact(t)
     if parameterization in STEPWISE:
         return (*here, *STEPWISE[parameterization](*here, *process.exact(t - 1)))
+    if parameterization in MOVING:
+        return (*here, *MOVING[parameterization](*process.rates(t)))
     return (*here, *_pair(parameterization)(*here))
 
 
 def impossible(process: Process, parameterization: str | Parameterization, variance: str = "fixed") -> list[str]:
     """Why these do not go together; empty if they do."""
-    names = (*PARAMETERIZATIONS, *STEPWISE)
+    names = (*PARAMETERIZATIONS, *STEPWISE, *MOVING)
     if parameterization not in names and not callable(parameterization):
         return [f"no parameterization {parameterization!r}; there are {', '.join(names)}"]
     if variance not in get_args(LearnedVariance):

@@ -135,10 +135,11 @@ class DiffusionModule(OnLatents):
 
     def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
                  process: Process | None = None,
-                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous"] | Preconditioned = "flow",
+                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous", "velocity"]
+                 | Preconditioned = "flow",
                  variance: Literal["fixed", "learned", "learned_range"] = "fixed",
                  density: Density | None = None,
-                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb"]
+                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb", "velocity"]
                  | Weight = "uniform",
                  distance: Literal["mse", "l1", "huber", "pseudo_huber"] | Huber | PseudoHuber = "mse",
                  uncertainty: Uncertainty | None = None, variational: Variational | None = None,

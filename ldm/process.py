@@ -93,6 +93,17 @@ class Process:
         """alpha(t) and sigma(t) in fp64."""
         raise NotImplementedError
 
+    def share(self, t: Number) -> Number:
+        """Of the way from clean data (0) to t_max (1)."""
+        return (t - self.t_data) / (self.t_max - self.t_data)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha' = d alpha / du and sigma' in fp64, u the ``share`` of the way: dx_t / du = alpha' x0 + sigma' eps."""
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().clone().requires_grad_()
+            return tuple((self.t_max - self.t_data) * torch.autograd.grad(c.sum(), t, retain_graph=True)[0]
+                         if c.requires_grad else torch.zeros_like(t) for c in self.exact(t))  # fmt: skip
+
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda(t) = log(alpha / sigma), half of the log signal-to-noise ratio (DPM-Solver, 2206.00927)."""
         alpha, sigma = self.exact(t.double())
@@ -158,6 +169,12 @@ class Discrete(Process):
         """Between steps log(alpha) is linear: the VP diffusion whose beta is constant from one step to the next."""
         log_alpha = _between(self._log_alpha.to(t.device), t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the differences between the steps before and after t, at the ends of those to the next."""
+        low, high = (t - 1).clamp(min=self.t_data), (t + 1).clamp(max=self.t_max)
+        way = (self.t_max - self.t_data) / (high - low)
+        return tuple(way * (after - before) for before, after in zip(self.exact(low), self.exact(high), strict=True))
 
     def time(self, t: Tensor) -> Tensor:
         if isinstance(self.told, str):

@@ -18,7 +18,7 @@ import torch
 from numpy.polynomial.legendre import leggauss
 from torch import Tensor
 
-from ldm.parameterization import Denoise
+from ldm.parameterization import Denoise, Prediction
 from ldm.process import Process, Variance, log_variance, step_posterior
 from ldm.steps import (
     Callback,
@@ -511,6 +511,95 @@ def lcm(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, scaling
     return x
 
 
+RULES: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {  # where, from what, weights
+    "euler": ((0,), ((),), (1,)), "midpoint": ((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
+    "heun2": ((0, 1), ((), (1,)), (1 / 2, 1 / 2)), "heun3": ((0, 1 / 3, 2 / 3), ((), (1 / 3,), (0, 2 / 3)), (1 / 4, 0, 3 / 4)),
+    "rk4": ((0, 1 / 3, 2 / 3, 1), ((), (1 / 3,), (-1 / 3, 1), (1, -1, 1)), (1 / 8, 3 / 8, 3 / 8, 1 / 8)),
+}  # fmt: skip
+
+
+def runge_kutta(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *,
+                method: Literal["euler", "midpoint", "heun2", "heun3", "rk4"] = "heun2", to_the_end: bool = False,
+                callback: Callback | None = None, noise: Noise | None = None) -> Tensor:
+    """The probability-flow ODE dx = (alpha' x0 + sigma' eps) du over u, the share of the way to pure noise, by an explicit
+    Runge-Kutta rule (SiT, 2401.08740; torchdiffeq's names, "rk4" is Kutta's 3/8 rule). Increasing times lead to noise.
+
+    Args:
+        to_the_end: ask the network at clean data too, which those that say a velocity (flow, v) know; else the last step
+            of rules that would is Euler's.
+    """
+    for step, t, _, there, s in walk(times, process):
+        blind = there[1] == 0 and not to_the_end and 1 in RULES[method][0]
+        nodes, rows, weights = RULES["euler" if blind else method]
+        h, slopes = process.share(s) - process.share(t), []
+        for node, row in zip(nodes, rows, strict=True):
+            at, y = t + node * (s - t), x + h * sum(a * slope for a, slope in zip(row, slopes, strict=True))
+            guess = ask(denoise, y, at, step, None if slopes else callback)
+            slopes.append(_moves(guess, _rates(process, at)))
+        x = x + h * sum(weight * slope for weight, slope in zip(weights, slopes, strict=True))
+    return x
+
+
+def _rates(process: Process, t: float) -> Point:
+    return tuple(float(rate) for rate in process.rates(torch.tensor(t, dtype=torch.float64)))
+
+
+def _moves(guess: Prediction, rates: Point) -> Tensor:
+    """dx / du."""
+    return rates[0] * guess.x0 + rates[1] * guess.eps
+
+
+DIFFUSIONS: dict[str, Callable[[float, float, float, float], float]] = {  # (norm, share u, sigma, that of the process)
+    "constant": lambda norm, u, sigma, own: norm, "sbdm": lambda norm, u, sigma, own: norm * own,
+    "sigma": lambda norm, u, sigma, own: norm * sigma, "linear": lambda norm, u, sigma, own: norm * u,
+    "decreasing": lambda norm, u, sigma, own: 0.25 * (1 - norm * math.cos(math.pi * u)) ** 2,
+    "increasing_decreasing": lambda norm, u, sigma, own: norm * math.sin(math.pi * u) ** 2,
+}  # fmt: skip
+
+
+def diffusion_of(form: str, process: Process, t: float, norm: float = 1.0) -> float:
+    """w at t (SiT, 2401.08740). "sbdm" is that of the process itself, sigma sigma' - sigma^2 alpha' / alpha, half of g^2 of
+    2011.13456; it grows without limit towards pure noise, begin below it. At pure noise itself it is put to 0 here."""
+    alpha, sigma = (float(c) for c in process.exact(torch.tensor(t, dtype=torch.float64)))
+    alpha_rate, sigma_rate = _rates(process, t)
+    own = sigma * (sigma_rate - sigma * alpha_rate / alpha) if alpha > 1e-9 else 0.0
+    return DIFFUSIONS[form](norm, process.share(t), sigma, own)
+
+
+def reverse_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, method: Literal["euler", "heun"] = "euler",
+                diffusion: Literal["constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"] = "sigma",
+                norm: float = 1.0, last_step: Literal["mean", "tweedie", "euler"] | None = "mean",
+                callback: Callback | None = None, noise: Noise | None = None) -> Tensor:
+    """The SDE with the marginals of the probability-flow ODE and as much noise as one likes (SiT, 2401.08740), walked
+    towards the data: dx = (-x' + w score) dv + sqrt(2 w) dW, v = 1 - u, u the share of the way to pure noise, x' = alpha' x0 +
+    sigma' eps, score = -eps / sigma. w is half of the paper's, as in its code.
+
+    Args:
+        method: Euler-Maruyama, or stochastic Heun (the noise first, then Heun's step).
+        diffusion, norm: w(u) and its factor, see ``diffusion_of``.
+        last_step: of the step that ends at clean data: mean, without noise; tweedie, the network's x0; euler, of the ODE;
+            None, like the others.
+    """
+    def drift(guess: Prediction, t: float, sigma: float, w: float) -> Tensor:
+        return -_moves(guess, _rates(process, t)) - w / sigma * guess.eps
+
+    for step, t, here, there, s in walk(times, process):
+        h, w = process.share(t) - process.share(s), diffusion_of(diffusion, process, t, norm)
+        last = last_step if there[1] == 0 else None
+        new = 0.0 if last else math.sqrt(2 * w * h) * draw(noise, step, x)
+        if method == "heun":
+            x, new = x + new, 0.0
+        guess = ask(denoise, x, t, step, callback)
+        if last == "tweedie":
+            return guess.x0
+        slope = drift(guess, t, here[1], 0.0 if last == "euler" else w)
+        if method == "heun" and there[1] > 0:
+            after = ask(denoise, x + h * slope, s)
+            slope = (slope + drift(after, s, there[1], diffusion_of(diffusion, process, s, norm))) / 2
+        x = x + h * slope + new
+    return x
+
+
 euler_ancestral = partial(ddim, eta=1.0)  # k-diffusion's is DDIM with all the noise of the posterior
 pndm = partial(plms, start="prk")
 dpm_2_ancestral = partial(dpm_2, eta=1.0)
@@ -524,4 +613,5 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "dpmpp_2s": dpmpp_2s, "dpmpp_2s_ancestral": dpmpp_2s_ancestral, "dpmpp_sde": dpmpp_sde, "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde, "dpmpp_2m_sde_heun": dpmpp_2m_sde_heun, "dpmpp_3m": dpmpp_3m,
     "dpmpp_3m_sde": dpmpp_3m_sde, "unipc": unipc, "dpm_adaptive": dpm_adaptive, "lcm": lcm,
+    "runge_kutta": runge_kutta, "reverse_sde": reverse_sde,
 }  # fmt: skip

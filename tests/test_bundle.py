@@ -356,4 +356,4 @@ def test_parts_of_guidance(bundle):
     stored = bundle.sampling | {"guidance": {"scale": 2.0, "low": 0.5}}
     other = Bundle(bundle.autoencoder, bundle.conditioner, bundle.denoiser, bundle.config, stored)
     assert torch.equal(draw(3, other), early) and torch.equal(draw({"scale": 3, "low": None}, other), everywhere)
-    assert other.plan()["guidance"] == {"scale": 2.0, "low": 0.5, "high": None, "rescale": None}
+    assert other.plan()["guidance"] == {"scale": 2.0, "low": 0.5, "high": None, "rescale": None, "channels": None}

@@ -50,13 +50,15 @@ class Cache:
 
 
 class Guidance(TypedDict, total=False):
-    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); and
-    the share in which the guided prediction gets back its standard deviation (null: none)."""
+    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); the
+    share in which the guided prediction gets back its standard deviation (null: none); and how many of the latents' channels
+    it guides, the first ones (null: all)."""
 
     scale: float
     low: float | None
     high: float | None
     rescale: float | None
+    channels: int | None
 
 
 @dataclass(frozen=True)

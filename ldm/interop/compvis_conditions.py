@@ -21,6 +21,7 @@ VISION = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion
 TEXT_SIZES = {"n_embed": "width", "n_layer": "layers", "vocab_size": "vocab_size", "max_seq_len": "max_length",
               "max_length": "max_length"}  # fmt: skip
 GUIDED, CLASSES = 7.5, 3.0  # scales that texts and classes are drawn with where nothing else is asked for
+DROPOUT = 0.1  # share of samples that the published models were trained on without a condition
 
 
 class Part(NamedTuple):
@@ -108,7 +109,7 @@ def _text(around: Around, prefix: str, said: Mapping, **given: Any) -> Part:
         if theirs in said and said[theirs] != params.get(ours, said[theirs]):
             raise UserError(f"{around.origin}: the yaml says {theirs} {said[theirs]} of the text encoder, the weights are of "
                             f"{params[ours]}: it belongs to another checkpoint")
-    return Part(found.block["target"], params, found.rows, GUIDED)
+    return Part(found.block["target"], params | {"dropout": DROPOUT}, found.rows, GUIDED)
 
 
 def _clip(params: Mapping, around: Around, prefix: str = f"{COND}transformer.") -> Part:
@@ -147,9 +148,10 @@ def _bert(params: Mapping, around: Around) -> Part:
 
 def _class(params: Mapping, around: Around) -> Part:
     classes = params.get("n_classes", 1000)
-    return Part("ldm.conditioners.label.ClassLabel", {"classes": classes, "width": params["embed_dim"], "to": "tokens",
-                                                      "null_row": False},
-                pair("embedding", f"{COND}embedding", ["weight"]), 1.0 if classes == 1000 else CLASSES)  # fmt: skip
+    guided = classes != 1000  # all of ImageNet's classes, and none for "no class"
+    values = {"classes": classes, "width": params["embed_dim"], "to": "tokens", "null_row": False, "dropout": DROPOUT * guided}
+    return Part("ldm.conditioners.label.ClassLabel", values, pair("embedding", f"{COND}embedding", ["weight"]),
+                CLASSES if guided else 1.0)  # fmt: skip
 
 
 def _rescaler(params: Mapping, around: Around) -> Part:

@@ -104,6 +104,13 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: where it has no place for it.
     """
+    config = config_of(bundle)
+    return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
+            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
+
+
+def config_of(bundle: Bundle) -> dict:
+    """config.json of the bundle's autoencoder. UserError where there is no such autoencoder there."""
     params = settings_for(bundle, "diffusers")
     spec, mult = bundle.autoencoder.spec, params["mult"] or [1, 2, 4, 4]
     inner, outer = params["attention_levels"] or [], params["decoder_attention_levels"]
@@ -129,8 +136,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
         config |= {"vq_embed_dim": spec.channels, "num_vq_embeddings": params["bottleneck"]["codes"]}
     else:
         config |= {"use_quant_conv": params["pre"], "use_post_quant_conv": params["post"]}
-    return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
-            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
+    return config
 
 
 def _scaling(shift: Tensor, scale: Tensor, vq: bool) -> dict:
