@@ -19,6 +19,7 @@ from ldm.common.files import UserError
 
 Number = Tensor | float
 Variance = Literal["small", "large", "learned", "learned_range"]
+MOST_STEPS = 1_000_000
 Told = Literal["exact", "nearest", "below"]  # between the steps of training: that time, or a step's
 
 
@@ -208,6 +209,8 @@ class DDPM(Discrete):
                  steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
                  floor: float = 0.0, told: Told | Literal["thousandths"] = "exact"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps: {steps}; it takes a whole number from 1 to {MOST_STEPS:,}")
         alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
         told = torch.arange(steps, dtype=torch.float64) * (1000 / steps) if told == "thousandths" else told
         super().__init__((zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor), told)

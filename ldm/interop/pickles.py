@@ -20,7 +20,8 @@ from torch import Tensor
 from ldm.interop.archives import Member, members
 
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch's files began before 1.6, when they were no zip yet
-OPERATIONS, OBJECTS, NESTED = 2_000_000, 1_000_000, 100  # of a pickle: one of 10,000 tensors has 300,000, 30,000 and 6
+OPERATIONS, NESTED = 2_000_000, 100  # of a pickle: one of 10,000 tensors has 300,000 and 6
+REPEATED = 4  # how many objects there may be for each operation, as some of them are used again
 SHARED, SLACK = 8, 2**26  # how often tensors may share what is in the file; and bytes more
 STORAGES = {f"{name}Storage": dtype for name, dtype in {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Bool": torch.bool,
@@ -41,13 +42,21 @@ def read(path: Path) -> tuple[Any, set[str]]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            found, met = _read_old(file, size) if file.read(len(OLD)) == OLD else _read_zip(path, size)
-        return Plain(SHARED * size + SLACK).of(found), met
+            found = _read_old(file, size) if file.read(len(OLD)) == OLD else _read_zip(path, size)
+        return Plain(REPEATED * found.operations + 10_000, SHARED * size + SLACK).of(found.contents), found.met
     except Exception as error:  # a pickle that was written to do harm can fail in any way
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
 
 
-def _read_zip(path: Path, size: int) -> tuple[Any, set[str]]:
+class Found(NamedTuple):
+    """What a pickle holds."""
+
+    contents: Any
+    met: set[str]  # what its stand-ins stand for
+    operations: int
+
+
+def _read_zip(path: Path, size: int) -> Found:
     found = members(path, size)
     whole = torch.UntypedStorage.from_file(str(path), False, size)  # a private map: what is written to it stays in memory
 
@@ -67,7 +76,7 @@ def _content(found: dict[str, Member], name: str, whole: torch.UntypedStorage) -
     return b"" if member is None else bytes(_view(whole[member.start : member.start + member.size]))
 
 
-def _read_old(file: BinaryIO, size: int) -> tuple[Any, set[str]]:
+def _read_old(file: BinaryIO, size: int) -> Found:
     """Five pickles, of which the first three say that it is such a file, the fourth is the contents and the fifth lists the
     keys of the storages that follow, each after its count."""
     file.seek(0)
@@ -83,13 +92,15 @@ def _read_old(file: BinaryIO, size: int) -> tuple[Any, set[str]]:
         start, length = (number * dtype.itemsize for number in view[1:])
         return Storage(storages[key].numbers[start : start + length], dtype)
 
-    *_, (contents, met), (keys, _) = [unpickle(_next(file), storage) for _ in range(5)]
-    for key in keys:
+    *_, found, keys = [unpickle(_next(file), storage) for _ in range(5)]
+    if set(keys.contents) != set(storages):
+        raise ValueError(f"{len(storages)} storages, and {len(keys.contents)} that follow")
+    for key in keys.contents:
         numbers, dtype = storages[key]
         count = int.from_bytes(file.read(8), "little")
         if count * dtype.itemsize != numbers.nbytes() or file.readinto(_view(numbers)) != numbers.nbytes():
             raise EOFError(f"storage {key}: its end is missing")
-    return contents, met
+    return found
 
 
 def _next(file: BinaryIO) -> bytes:
@@ -146,7 +157,11 @@ class Names(dict):
 
 
 def tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    return torch.empty(0, dtype=storage.dtype).set_(storage.numbers, offset, size, stride)  # RuntimeError beyond its end
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    there = storage.numbers.nbytes() // storage.dtype.itemsize
+    if min((offset, *size, *stride)) < 0 or offset > there or (0 not in size and last >= there):
+        raise ValueError(f"a tensor {tuple(size)} beyond the {there:,} numbers of its storage")
+    return torch.empty(0, dtype=storage.dtype).set_(storage.numbers, offset, size, stride)
 
 
 def tensor_of(storage: Storage, offset: int, size: tuple, stride: tuple, _grad: Any, _hooks: Any, dtype: torch.dtype,
@@ -189,14 +204,14 @@ class Unpickler(pickle.Unpickler):
         return self.storage(saved)
 
 
-def unpickle(data: bytes, storage: Callable[[tuple], Storage]) -> tuple[Any, set[str]]:
-    check(data)
+def unpickle(data: bytes, storage: Callable[[tuple], Storage]) -> Found:
+    operations = count(data)
     unpickler = Unpickler(data, storage)
-    return unpickler.load(), unpickler.met
+    return Found(unpickler.load(), unpickler.met, operations)
 
 
-def check(data: bytes) -> None:
-    """Goes through a pickle without making anything. ValueError where it is longer, or nested deeper, than any checkpoint:
+def count(data: bytes) -> int:
+    """-> the operations of a pickle, of which none is carried out. ValueError where it is longer, or nested deeper, than any checkpoint:
     Python itself breaks on tuples in tuples a million deep, as soon as one is a name in a dict."""
     stack: list[int | None] = []  # how deep each object is; None: a mark
     memo: dict[int, int] = {}
@@ -223,25 +238,26 @@ def check(data: bytes) -> None:
             if number > OPERATIONS or deep > NESTED:
                 raise ValueError("longer or nested deeper than any checkpoint")
             stack += [deep] * len(operation.stack_after)
+    return number
 
 
 
 
 class Plain:
-    """Copies contents, and refuses what is in them but tensors, plain data and stand-ins: cycles, lists that hold one another
-    so often that they have no end, tensors that say that they are larger (in bytes, ``most`` all together) than what there is."""
+    """Copies contents of so many objects at most, and tensors of so many bytes together. A pickle can hold lists in themselves,
+    lists in one another that have no end, and tensors that use the same numbers a million times."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.bytes, self.objects = most, 0, 0
+    def __init__(self, objects: int, size: int) -> None:
+        self.objects, self.size = objects, size
 
     def of(self, value: Any, depth: int = 0) -> Any:
-        self.objects += 1
-        if self.objects > OBJECTS or depth > NESTED:
+        self.objects -= 1
+        if self.objects < 0 or depth > NESTED:
             raise ValueError("longer or nested deeper than any checkpoint")
         if isinstance(value, Tensor):
-            self.bytes += value.numel() * value.itemsize
-            if self.bytes > self.most:
-                raise ValueError(f"tensors of {self.bytes:,} bytes and more, which are not in the file")
+            self.size -= value.numel() * value.itemsize
+            if self.size < 0:
+                raise ValueError("tensors much larger than the file")
             return value.detach()
         if isinstance(value, dict):
             return {key: self.of(item, depth + 1) for key, item in value.items()}

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ldm.common.build import build
@@ -21,7 +20,7 @@ from ldm.conditioners.encoders import find as find_encoder
 from ldm.conditioners.tokens import specials
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.conditioners.vocabulary import find as find_tokenizer
-from ldm.interop import text_names
+from ldm.interop import component, text_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,7 +55,7 @@ def read(folder: Path, tokenizer: str | None, **params: Any) -> tuple[dict, dict
     Raises:
         UserError: for an encoder of another kind, and names or shapes that do not fit.
     """
-    said = settings(_json(folder / CONFIG), str(folder / CONFIG))
+    said = settings(component.read_json(folder / CONFIG), str(folder / CONFIG))
     weights = _weights(folder)
     words = None if tokenizer is None else find_tokenizer(tokenizer)
     ids = {} if words is None else special_ids(words, pad_token(Path(tokenizer)))
@@ -99,7 +98,7 @@ def special_ids(tokenizer: Tokenizer, pad: str | None) -> dict[str, int]:
 def pad_token(folder: Path) -> str | None:
     """The token that fills texts up, as the tokenizer's folder says; None where it does not."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        token = _json(folder / name).get("pad_token") if (folder / name).is_file() else None
+        token = component.read_json(folder / name).get("pad_token") if (folder / name).is_file() else None
         if token:
             return token["content"] if isinstance(token, Mapping) else token
     return None
@@ -127,21 +126,8 @@ def write_tokenizer(conditioner: ClipText, folder: Path) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-
-
 def _weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: lacks {' or '.join(WEIGHTS)}")
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(f"{file}: damaged, or no weights ({' '.join(str(error).split())[:150]})") from error
+    return component.tensors_in(file)
