@@ -75,6 +75,8 @@ def _compvis(bundle: Bundle, out: Path) -> None:
     tensors, yaml = (compvis if bundle.denoiser is None else compvis_writing).write(bundle)
     _tensors(out, {"state_dict": tensors} if out.suffix == ".ckpt" else tensors)
     _text(out.with_suffix(".yaml"), OmegaConf.to_yaml(OmegaConf.create(yaml)))
+    if bundle.denoiser is not None:
+        compvis_writing.write_tokenizer(bundle, out.parent)
 
 
 def _diffusers(bundle: Bundle, out: Path) -> None:

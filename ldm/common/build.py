@@ -18,9 +18,10 @@ from ldm.common.files import UserError, nearest
 from ldm.common.signatures import Block, accepted, is_block, mistyped, parameters
 
 __all__ = ["TRUSTED", "Block", "build", "check", "check_call", "locate", "plain"]
-TRUSTED = (  # what a config that came with a checkpoint may name of a model: what makes networks, and neither reads nor writes
-    "ldm.networks", "ldm.conditioners", "ldm.process", "ldm.parameterization", "torch.nn", "autoencoder.base", "autoencoder.model",
-    "autoencoder.nets", "autoencoder.bottlenecks", "autoencoder.lattices", "autoencoder.pretrained.Pretrained",
+TRUSTED = (  # what a config that came with a checkpoint may name of a model: what makes networks, and writes nothing
+    "ldm.networks", "ldm.conditioners", "ldm.process", "ldm.parameterization", "torch.nn", "autoencoder.base",
+    "autoencoder.model", "autoencoder.nets", "autoencoder.bottlenecks", "autoencoder.lattices",
+    "autoencoder.pretrained.Pretrained",
 )  # fmt: skip
 READERS = ("ldm.conditioners.encoders", "ldm.conditioners.vision", "ldm.conditioners.vocabulary")  # ... but for these
 MAKERS = ("autoencoder.model", "ldm.process")  # whose functions are among it; of all others only classes are

@@ -128,6 +128,7 @@ class Config:
     logging: dict | None = None
     checkpoint: dict | None = None
     trainer: dict | None = None
+    init_from: str | None = None
 
 
 def load(paths: Sequence[str | Path], overrides: Iterable[str] = (), environment: bool = True) -> DictConfig:
@@ -144,7 +145,8 @@ def load(paths: Sequence[str | Path], overrides: Iterable[str] = (), environment
     for override in overrides:
         merged = merge(merged, _parse(override))
     if not environment and (asked := RESOLVER.search(str(merged))):
-        raise UserError(f"{', '.join(map(str, paths))}: {asked[0]}...: a checkpoint's config may not ask for values of this machine")
+        where = ", ".join(map(str, paths))
+        raise UserError(f"{where}: {asked[0]}...: the config of a checkpoint may not ask for values of this machine")
     try:
         return OmegaConf.create(OmegaConf.to_container(OmegaConf.create(merged), resolve=True))
     except OmegaConfBaseException as error:

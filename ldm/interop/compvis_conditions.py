@@ -100,9 +100,13 @@ def _stage(stage: Mapping, around: Around) -> Part:
     return known[name](params, around)
 
 
-def _text(around: Around, prefix: str, said: Mapping, **given: Any) -> Part:
-    """The text encoder under this prefix. ``said``: what the yaml says of it, which its shapes have to agree with."""
+def _text(around: Around, layout: str, prefix: str, said: Mapping, **given: Any) -> Part:
+    """The text encoder under this prefix, of this layout. ``said``: what the yaml says of it, which its shapes have to agree
+    with."""
     found = text_names.infer(around.tensors, prefix, around.origin, **given)
+    if found.layout != layout:
+        raise UserError(f"{around.origin}: the yaml is of a model with a text encoder of {layout}, the weights have one of "
+                        f"{found.layout}: it belongs to another checkpoint")
     params = {key: value for key, value in found.block["params"].items() if value is not None}
     for theirs, ours in TEXT_SIZES.items():
         if theirs in said and said[theirs] != params.get(ours, said[theirs]):
@@ -122,7 +126,7 @@ def _clip(params: Mapping, around: Around, prefix: str = f"{COND}transformer.") 
     if beside.is_file():  # what no shape tells
         sizes = component.read_json(beside)
         which |= {"heads": sizes.get("num_attention_heads"), "activation": sizes.get("hidden_act")}
-    return _text(around, prefix, params, vocabulary=vocabulary(version, around.folder), **which)
+    return _text(around, "hf_clip", prefix, params, vocabulary=vocabulary(version, around.folder), **which)
 
 
 def _open_clip(params: Mapping, around: Around, prefix: str = f"{COND}model.", **others: Any) -> Part:
@@ -131,11 +135,11 @@ def _open_clip(params: Mapping, around: Around, prefix: str = f"{COND}model.", *
         raise UserError(f"{around.origin}: FrozenOpenCLIPEmbedder's layer: {layer!r}; read are 'last' and 'penultimate'")
     if arch not in HEADS:
         raise UserError(f"{around.origin}: OpenCLIP's {arch} is not known here{near(arch, HEADS)}; there are {', '.join(HEADS)}")
-    return _text(around, prefix, params, heads=HEADS[arch], layer=-1 if layer == "last" else -2, vocabulary="clip", **others)
+    return _text(around, "open_clip", prefix, params, heads=HEADS[arch], layer=-1 if layer == "last" else -2, vocabulary="clip", **others)
 
 
 def _bert(params: Mapping, around: Around) -> Part:
-    part = _text(around, f"{COND}transformer.", params)
+    part = _text(around, "x_transformer", f"{COND}transformer.", params)
     if around.params.get("cond_stage_key") in ("coordinates_bbox", "objects_bbox"):
         sizes = part.params
         boxes = {"classes": sizes["vocab_size"] - 1, "objects": (sizes["max_length"] - 2) // 3, "vocabulary": sizes["vocab_size"],

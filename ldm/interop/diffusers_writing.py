@@ -197,7 +197,7 @@ def _bert(part: Any, params: dict, path: Path, index: dict, kind: str) -> None:
         weights |= {"to_logits.weight": torch.zeros(shape), "to_logits.bias": torch.zeros(shape[0])}
     _part(path / "bert", config, weights, "model")
     index["bert"] = ["latent_diffusion", "LDMBertModel"]
-    if params["vocabulary"] is not None:
+    if part.vocabulary.text is not None or part.vocabulary.name is not None:
         words = part.vocabulary.tokenizer.get_vocab()
         (path / "tokenizer").mkdir(parents=True)
         (path / "tokenizer" / "vocab.txt").write_text("\n".join(sorted(words, key=words.get)) + "\n", encoding="utf-8")
