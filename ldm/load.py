@@ -8,6 +8,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,8 @@ from ldm.bundle import Bundle
 from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
 from ldm.common.build import plain
-from ldm.common.files import UserError, nearest
+from ldm.common.files import UserError, nearest, parse_json
+from ldm.common.weights import no_larger_than
 from ldm.interop import (
     adm,
     component,
@@ -103,12 +105,12 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
     if config is not None and not found.foreign:
         _warn_of_differences(found, config)
     about = found.about
-    try:
+    with _told(f"{found.path}: the model that its config describes cannot be built"), no_larger_than(found.tensors):
+        _announce(found)
         bundle = found.planned or Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
-    except ValueError as error:
-        raise UserError(f"{found.path}: the model that its config describes cannot be built: {error}") from error
-    bundle.assign(found.weights(ema), origin=str(found.path))
-    _check_autoencoder(found, bundle)
+    with _told(f"{found.path}: its weights cannot be used"):
+        bundle.assign(found.weights(ema), origin=str(found.path))
+        _check_autoencoder(found, bundle)
     if found.has_ema:
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
     device = torch.device(device)
@@ -131,7 +133,8 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
     """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
     folder = Path(path).expanduser()
     if diffusers_pipelines.holds(folder):
-        about, tensors, planned = diffusers_pipelines.planned(folder)
+        with _told(f"{folder}: cannot be read"):
+            about, tensors, planned = diffusers_pipelines.planned(folder)
         return Checkpoint(folder, about, tensors, foreign=True, planned=planned)
     file, about, tensors, step = _contents(path)
     if about is None:
@@ -139,14 +142,18 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
         if reader is None:
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
         tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
-        given = _given(config, file, reader)
-        if reader is compvis_models:
-            about, tensors, planned = reader.planned(tensors, given, str(file))
-            return Checkpoint(file, about, tensors, step, foreign=True, planned=planned)
-        return Checkpoint(file, *reader.read(tensors, given, str(file)), step, foreign=True)
+        layout = reader.__name__.split(".")[-1].split("_")[0]
+        with _told(f"{file}: it has names of {layout}'s, but cannot be read as such"), no_larger_than(tensors):
+            given = _given(config, file, reader)
+            if reader is compvis_models:
+                about, tensors, planned = reader.planned(tensors, given, str(file))
+                return Checkpoint(file, about, tensors, step, foreign=True, planned=planned)
+            return Checkpoint(file, *reader.read(tensors, given, str(file)), step, foreign=True)
     if about.get("kind") == "lora":
         raise UserError(f"{file}: this is {FOREIGN['lora']}: give the model as --ckpt, this as --lora")
-    if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
+    config = about.get("config")
+    model = config.get("model") if isinstance(config, dict) else None
+    if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or not isinstance(model, dict):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
 
@@ -163,7 +170,7 @@ def _given(config: str | Path | Mapping | None, file: Path, reader: ModuleType) 
     if config is None and reader in (compvis_models, compvis) and file.with_suffix(".yaml").is_file():
         config = file.with_suffix(".yaml")
         log.info("%s: read by %s beside it", file, config.name)
-    given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+    given = config if config is None or isinstance(config, Mapping) else configs.load([config], environment=False)
     beside = file.parent / getattr(reader, "CONFIG", "")
     return plain(component.read_json(beside) | dict(given or {})) if beside.is_file() else plain(given)
 
@@ -178,22 +185,30 @@ def load_classifier(path: str | Path, config: str | Path | Mapping | None = None
     """
     file, about, tensors, _ = _contents(path)
     if about is None and adm.holds_classifier(tensors):
-        given = config if config is None or isinstance(config, Mapping) else configs.load([config])
-        return adm.read_classifier(tensors, plain(given), str(file)).to(device)
+        given = config if config is None or isinstance(config, Mapping) else configs.load([config], environment=False)
+        with _told(f"{file}: cannot be read"), no_larger_than(tensors):
+            return adm.read_classifier(tensors, plain(given), str(file)).to(device)
     if (about or {}).get("kind") != "classifier":
         raise UserError(f"{file}: this is {_kind(tensors) if about is None else 'a checkpoint of other training'}, and no "
                         "classifier; read are those that this program trained, and guided-diffusion's")
     averaged, raw = ({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
                      for prefix in ("ema.shadow.classifier.", "model.classifier."))  # fmt: skip
     weights = averaged if ema and averaged else raw
-    return NoisyClassifier.from_about(about, trust).assign(weights, str(file)).to(device)
+    with _told(f"{file}: the classifier that it describes cannot be built"), no_larger_than(tensors):
+        return NoisyClassifier.from_about(about, trust).assign(weights, str(file)).to(device)
 
 
 def _contents(path: str | Path) -> tuple[Path, dict | None, dict[str, Tensor], int | None]:
     """-> the file, what it says of itself, its tensors, and the step."""
     file = find(Path(path))
     about, tensors, step = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    return file, about, {WRAPPERS.sub("", key): value for key, value in tensors.items()}, step
+    if about is not None:
+        with _told(f"{file}: what it says of itself is no plain data"):
+            json.dumps(about)
+        if not isinstance(about, dict):
+            raise UserError(f"{file}: what it says of itself is a {type(about).__name__}, not names with values")
+    tensors = {WRAPPERS.sub("", key): value for key, value in tensors.items()}
+    return file, about, tensors, step if isinstance(step, int) else None
 
 
 def find(path: Path) -> Path:
@@ -207,8 +222,8 @@ def find(path: Path) -> Path:
         raise UserError(f"{path}: no such file or folder" + (f"; nearest: {folder / near}" if near else ""))
     tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", *(path / name for name in diffusers.WEIGHTS)]
     if (path / "DONE").is_file():
-        named = json.loads((path / "DONE").read_text()).get("checkpoint")
-        tries = [path / named, *tries] if named else tries  # an absolute name stays as it is
+        named = component.read_json(path / "DONE").get("checkpoint")
+        tries = [path / named, *tries] if isinstance(named, str) else tries  # an absolute name stays as it is
     for file in tries:
         if file.is_file():
             return file
@@ -225,41 +240,48 @@ def _read_safetensors(file: Path) -> tuple[dict | None, dict[str, Tensor], int |
             names = opened.keys()
             tensors = {key: opened.get_tensor(key) for key in names}
             text = (opened.metadata() or {}).get("ldm")
-        return json.loads(text) if text else None, tensors, None
-    except (SafetensorError, json.JSONDecodeError) as error:
+        return parse_json(text, f"{file}: what it says of itself") if text else None, tensors, None
+    except (SafetensorError, OSError) as error:
         said = _instead(file) or f"damaged, or no .safetensors file ({_one_line(error)})"
         raise UserError(f"{file}: {said}") from error
 
 
 def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]:
-    is_zip = zipfile.is_zipfile(file)  # the zip's directory is at its end: half a file has none
     head = _head(file)
-    if not is_zip and not head.startswith(pickles.OLD):
+    if not head.startswith(pickles.OLD) and not zipfile.is_zipfile(file):  # its directory is at its end: half a zip has none
         said = "damaged: its end is missing" if head.startswith(b"PK") else _instead(file) or "not a checkpoint"
         raise UserError(f"{file}: {said} ({file.stat().st_size:,} bytes); {READ}")
     try:
-        saved, refused = torch.load(file, map_location="cpu", mmap=is_zip, weights_only=True), None
+        saved, strange = pickles.read(file)
     except pickle.UnpicklingError as error:
-        saved, refused = _without_the_rest(file), _refused(error)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
-    state = dit.flat(saved.get("state_dict", saved))
-    state = state if isinstance(state, dict) else {}
-    tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
-    if refused and ("ldm" in saved or _reader(tensors) is None):
-        raise UserError(f"{file}: holds more than tensors and plain data ({refused}), which could run code and "
-                        f"is not read; {READ}")
+    state = saved.get("state_dict", saved)
+    state = dit.flat({str(key): value for key, value in state.items()}) if isinstance(state, dict) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) or not (strange or "ldm" in saved)}
+    if strange and ("ldm" in saved or _reader(tensors) is None):
+        raise UserError(f"{file}: holds more than tensors and plain data ({', '.join(sorted(strange)[:3])}), which could run "
+                        f"code and is not read; {READ}")
     return saved.get("ldm"), tensors, saved.get("global_step")
 
 
-def _without_the_rest(file: Path) -> object:
-    """What torch refused to read whole, with stand-ins for all that is neither tensor nor plain data."""
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
+    """One line about whatever goes wrong meanwhile: a file that was written to do harm can make anything fail."""
     try:
-        return pickles.read(file)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
+        yield
+    except Exception as error:
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}"
+        raise UserError(said if said.startswith(doing.split(": ")[0]) else f"{doing}: {said}") from error
+
+
+def _announce(found: Checkpoint) -> None:
+    """Files of this machine that a checkpoint's config names are not read in silence."""
+    model = found.about["config"]["model"].get("params") or {}
+    for key, value in (*_leaves(model, "model"), *_leaves(found.about["config"].get("autoencoder"), "autoencoder")):
+        if not found.foreign and isinstance(value, str) and "/" in value and Path(value).expanduser().exists():
+            log.info("%s: its config names %s (%s)", found.path, value, key)
 
 
 def _reader(keys: Iterable[str]) -> ModuleType | None:
@@ -290,12 +312,6 @@ def _kind(tensors: Mapping[str, Tensor]) -> str:
     return f"a file that does not say what model it holds (it has {', '.join(list(tensors)[:2]) or 'nothing'} ...)"
 
 
-def _refused(error: pickle.UnpicklingError) -> str:
-    """What torch refused to unpickle."""
-    named = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"Unsupported \w+ ([\w.]+)", str(error))
-    return named[1] if named else _one_line(error)
-
-
 def _check_autoencoder(found: Checkpoint, bundle: Bundle) -> None:
     expected = found.about.get("autoencoder_hash")
     if found.about["kind"] == "diffusion" and expected and (got := bundle.autoencoder.content_hash()) != expected:
@@ -315,11 +331,11 @@ def _warn_of_differences(found: Checkpoint, given: str | Path | Mapping) -> None
 
 
 def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
-    if not isinstance(value, dict):
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
         yield path, value
-    else:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}")
+    for key, item in items or ():
+        yield from _leaves(item, f"{path}.{key}")
 
 
 def _one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ Number = Tensor | float
 Between = Literal["log_alpha", "log_snr", "level"]
 Tells = Literal["step", "thousandth", "whole", "below"]
 Variance = Literal["small", "large", "learned", "learned_range"]
+MOST_STEPS = 1_000_000
 
 
 class StepPosterior(NamedTuple):
@@ -224,10 +225,12 @@ class DDPM(Discrete):
                  steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
                  floor: float = 0.0, between: Between = "log_alpha", tells: Tells = "step"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
+        if not 1 <= steps <= MOST_STEPS:
+            raise UserError(f"steps: {steps}; it takes a whole number from 1 to {MOST_STEPS:,}")
         betas = SCHEDULES[schedule](steps, **given)
-        if steps < 1 or not ((betas > 0) & (betas < 1)).all():
-            raise UserError(f"DDPM: schedule {schedule!r}, steps {steps}, start {start}, end {end}: expected a step or more, "
-                            f"and betas between 0 and 1, got {betas[:1].tolist()} to {betas[-1:].tolist()}")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise UserError(f"DDPM: schedule {schedule!r}, start {start}, end {end}: expected betas between 0 and 1, got "
+                            f"{betas[:1].tolist()} to {betas[-1:].tolist()}")
         alpha_bar = torch.cumprod(1 - betas, 0)
         alpha_bar = (zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor)
         super().__init__(alpha_bar, between=between, tells=tells)

@@ -108,7 +108,7 @@ def extractor_from(args: argparse.Namespace, channels: int, device: Any) -> Any:
 
 def data_from(args: argparse.Namespace, bundle: Bundle, broken: dict[str, str]) -> tuple[dict, Iterator[dict]]:
     """-> what the pictures are, and batches of them."""
-    from ldm.common.build import TRUSTED, build, plain
+    from ldm.common.build import DATA, build, plain
     from ldm.common.config import load
     from ldm.data.loader import make_loader
 
@@ -120,7 +120,7 @@ def data_from(args: argparse.Namespace, bundle: Bundle, broken: dict[str, str]) 
     if not data.get(role):
         raise UserError(f"{args.data or args.ckpt}: names no data to measure with (data.validation or data.train); "
                         "give --images or --data")
-    dataset = build(data[role], allowed=None if args.data or args.trust else TRUSTED)
+    dataset = build(data[role], allowed=None if args.data or args.trust else DATA)
     batches = make_loader(dataset, args.batch_size, seed=args.seed, infinite=False)
     source = {"block": data[role], "role": role, "fingerprint": getattr(dataset, "fingerprint", None)}
     return source, first(batches, min(args.n, len(dataset)))

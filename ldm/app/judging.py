@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 from ldm.app.models import load_model
-from ldm.common.build import TRUSTED, locate
+from ldm.common.build import DATA, locate
 from ldm.common.files import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def trained_on(bundle: Bundle) -> dict:
     block = ((bundle.config or {}).get("data") or {}).get("train") or {}
     train = block.get("params") or {}
     size = bundle.sampling.get("size") or [train.get("size")]
-    if size[0] is None and str(block.get("target")).split(".")[0] in TRUSTED:  # a class of one size says which
+    if size[0] is None and str(block.get("target")).startswith(DATA):  # a class of one size says which
         size = [getattr(locate(block["target"]), "size", None)]
     return {"size": size[0], "value_range": train.get("value_range")}
 

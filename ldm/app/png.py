@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ldm.common.files import UserError, atomic_write
+from ldm.common.files import UserError, atomic_write, parse_json
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -44,10 +43,7 @@ def read(path: str | Path) -> dict:
     if text is None:
         raise UserError(f"{path}: a picture without metadata of this program (text chunk `ldm`); was it made with "
                         "--no-metadata, or saved again by another program?")
-    try:
-        about = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: its metadata (text chunk `ldm`) is no JSON: {error}") from error
+    about = parse_json(text, f"{path}: its metadata (text chunk `ldm`)")
     if not isinstance(about, dict):
         raise UserError(f"{path}: its metadata (text chunk `ldm`) is no JSON object")
     return about

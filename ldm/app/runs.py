@@ -52,9 +52,10 @@ def finished(logdir: str | Path, key: str) -> Path | None:
 def _read(path: Path) -> dict:
     """-> what a JSON file says; nothing where it is not there, or is none."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> tuple[Path | None, list[str]]:

@@ -18,9 +18,14 @@ from ldm.common.files import UserError, nearest
 from ldm.common.signatures import Block, accepted, is_block, mistyped, parameters
 
 __all__ = ["TRUSTED", "Block", "build", "check", "check_call", "locate", "plain"]
-TRUSTED = ("ldm", "autoencoder", "torch.nn", "torch.optim")  # what a config that came with a checkpoint may name ...
-LOADERS = ("ldm.load", "ldm.bundle", "ldm.interop", "ldm.app", "ldm.__main__", "ldm.common.build", "ldm.common.config")
-# ... but for these, which load or build whatever else they are told
+TRUSTED = (  # what a config that came with a checkpoint may name of a model: what makes networks, and writes nothing
+    "ldm.networks", "ldm.conditioners", "ldm.process", "ldm.parameterization", "torch.nn", "autoencoder.base",
+    "autoencoder.model", "autoencoder.nets", "autoencoder.bottlenecks", "autoencoder.lattices",
+    "autoencoder.pretrained.Pretrained",
+)  # fmt: skip
+READERS = ("ldm.conditioners.encoders", "ldm.conditioners.vision", "ldm.conditioners.vocabulary")  # ... but for these
+MAKERS = ("autoencoder.model", "ldm.process")  # whose functions are among it; of all others only classes are
+DATA = ("ldm.data",)  # ... and of its data
 MANY = 20  # options: more are listed only where none of them is near
 
 
@@ -46,15 +51,16 @@ def locate(target: str, allowed: Iterable[str] | None = None) -> Callable:
     if not callable(found):
         kind = "a module" if isinstance(found, ModuleType) else f"of type {type(found).__name__}"
         raise UserError(f"{target} is {kind}, not a class or function")
-    _refuse_foreign(target, str(getattr(found, "__module__", None)), allowed)
+    own = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
+    _refuse_foreign(target, own, allowed if isinstance(found, type) or _is_inside(own, MAKERS) else allowed and ())
     return found
 
 
 def _refuse_foreign(target: str, name: str, allowed: Iterable[str] | None) -> None:
-    if allowed is not None and (not _is_inside(name, allowed) or _is_inside(name, LOADERS)):
+    if allowed is not None and (not _is_inside(name, allowed) or _is_inside(name, READERS)):
         raise UserError(
-            f"this config may name only targets in {', '.join(allowed)}, got {target}; "
-            "if you trust where it comes from, say --trust"
+            f"this config came with a checkpoint and may not name {target}, only what makes parts of models (such as "
+            f"{TRUSTED[0]}.unet.UNet); if you trust where it comes from, say --trust"
         )
 
 

@@ -4,6 +4,7 @@ Top level: name, seed, autoencoder, model, data, loader, cache, sampling, valida
 blocks (model, data.*) are held against the signatures of what they name, the plain sections against SECTIONS below.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +20,7 @@ from ldm.common.files import UserError, nearest
 from ldm.common.named import problems
 
 Section = TypeVar("Section")
+RESOLVER = re.compile(r"\$\{[^{}$]*:")
 SOURCES = ("config", "ckpt", "target")  # where a diffusion model's autoencoder comes from: exactly one of them
 
 
@@ -129,18 +131,22 @@ class Config:
     init_from: str | None = None
 
 
-def load(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> DictConfig:
+def load(paths: Sequence[str | Path], overrides: Iterable[str] = (), environment: bool = True) -> DictConfig:
     """-> the files merged left to right, then the `key.path=value` arguments, with every interpolation resolved.
 
     Mappings merge key by key, all else is replaced. A block whose `target` changes starts anew, without the params of
     the former target; so does `autoencoder` where its source changes. A relative `autoencoder.config` counts from the
     folder of the file that says so. UserError for what cannot be read or resolved.
+    environment: whether interpolations may ask resolvers (${oc.env:HOME}), which the file of a stranger may not.
     """
     merged: dict = {}
     for path in map(Path, paths):
         merged = merge(merged, _from_folder(_read(path), path.parent))
     for override in overrides:
         merged = merge(merged, _parse(override))
+    if not environment and (asked := RESOLVER.search(str(merged))):
+        where = ", ".join(map(str, paths))
+        raise UserError(f"{where}: {asked[0]}...: the config of a checkpoint may not ask for values of this machine")
     try:
         return OmegaConf.create(OmegaConf.to_container(OmegaConf.create(merged), resolve=True))
     except OmegaConfBaseException as error:

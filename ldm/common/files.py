@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, limit of a file's size
 
@@ -123,6 +124,15 @@ def _as_json(value):
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     raise TypeError(f"digest takes plain data, bytes and paths; got {type(value).__name__}")
+
+
+def parse_json(text: str, where: str | os.PathLike) -> Any:
+    """What the text says. UserError, in one line that begins with `where`, for whatever Python cannot read: no JSON, numbers of
+    thousands of digits, lists in lists a thousand deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON that can be read: {error}") from error
 
 
 def free_bytes(path: str | os.PathLike) -> int:

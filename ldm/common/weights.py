@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook, register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from ldm.common.files import UserError
+
+SLACK = 2**26  # bytes
 NAMED = 3  # keys of a kind that a message names
 
 
@@ -40,6 +45,28 @@ def without_weights(make: Callable[[], nn.Module]) -> nn.Module:
     lost = bool(buffers) and not buffers <= module.state_dict().keys()
     lost |= any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
     return make() if lost else module
+
+
+@contextmanager
+def no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """UserError where modules are made, in this thread, that these weights cannot be those of: a config of a few words can ask
+    for a thousand million layers."""
+    parts, size, thread = 10_000 + 20 * len(weights), SLACK + 4 * sum(value.nbytes for value in weights.values()), get_ident()
+
+    def count(module: nn.Module, name: str, value: object) -> None:
+        nonlocal parts, size
+        if get_ident() == thread:
+            parts -= 1
+            size -= value.nbytes if isinstance(value, Tensor) and not value.is_meta else 0
+            if parts < 0 or size < 0:
+                raise UserError("it is much larger than the weights in the file")
+
+    hooks = [add(count) for add in (register_module_parameter_registration_hook, register_module_module_registration_hook)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def required(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm.common.files import UserError
+from ldm.common.files import UserError, parse_json
 from ldm.data.add import Add, place, plain_key
 from ldm.data.tables import column_of, complete, numbered, some
 
@@ -37,7 +36,8 @@ class AddBoxes(Add):
         if not hasattr(dataset, "original"):
             raise UserError(f"dataset: boxes are of picture files, whose sizes are known; {type(dataset).__name__} has none")
         rows = complete(dataset, column_of(dataset, table, column), f"column {column!r}")
-        rows = [json.loads(row) if isinstance(row, str) else row for row in rows]
+        rows = [parse_json(row, f"{plain_key(dataset, i)[0]}: column {column!r}") if isinstance(row, str) else row
+                for i, row in enumerate(rows)]
         for i, row in enumerate(rows):
             for one in row:
                 if not (isinstance(one, dict) and len(one.get("box", ())) == 4 and "class" in one):

@@ -9,7 +9,6 @@ names: "a_red_fox-003.png" -> "a red fox"
 
 import csv
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from ldm.common.files import UserError, nearest
+from ldm.common.files import UserError, nearest, parse_json
 
 Layout = Literal["auto", "txt", "names", "csv", "jsonl", "parquet"]
 STEMS = ("metadata", "captions")
@@ -155,11 +154,7 @@ def rows(table: Path, notes: list[str]) -> Iterator[tuple[str, str]]:
 def _json_rows(table: Path, text: str) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                message = f"not JSON: {error.msg} at column {error.colno}; one object a line is expected"
-                raise UserError(f"{table}:{number}: {message}") from error
+            row = parse_json(line, f"{table}:{number}")
             if not isinstance(row, dict):
                 raise UserError(f"{table}:{number}: {type(row).__name__} found; one JSON object a line is expected")
             yield number, row

@@ -5,7 +5,6 @@ folder. (The webdataset library, which streams, is only needed to write shards.)
 """
 
 import glob
-import json
 import os
 import re
 import tarfile
@@ -16,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ldm.common.files import UserError, nearest
+from ldm.common.files import UserError, nearest, parse_json
 from ldm.data.arrays import SUFFIXES
 from ldm.data.captions import CAPTION_COLUMNS, decode_text
 from ldm.data.folder import no_folder, picture_suffixes
@@ -178,10 +177,7 @@ def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
 
 
 def _from_json(where: str, text: str) -> str:
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at line {error.lineno}") from error
+    record = parse_json(text, where)
     name = next((name for name in CAPTION_COLUMNS if isinstance(record, dict) and name in record), None)
     if name is None:
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ldm.common.build import near
-from ldm.common.files import UserError
+from ldm.common.files import UserError, parse_json
+from ldm.interop import pickles
 
 CONFIG = "config.json"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of the weights' names: of diffusers' models, of transformers'
@@ -21,9 +20,9 @@ KINDS = (".safetensors", ".fp16.safetensors", ".safetensors.index.json", ".bin")
 def read_json(file: Path) -> dict:
     """UserError where it is not the names and values of a config."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read, or is no JSON: {_one_line(error)}") from error
+        found = parse_json(file.read_text(encoding="utf-8"), file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {_one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected the names and values of a config, got a {type(found).__name__}")
     return found
@@ -69,11 +68,11 @@ def tensors_in(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
                 return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (no mapping)
-        saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        saved, strange = pickles.read(file)
+    except (SafetensorError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: damaged, or no weights ({_one_line(error)})") from error
-    if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.values()):
-        raise UserError(f"{file}: expected a mapping of names to tensors")
+    if not isinstance(saved, dict) or strange or not all(isinstance(value, Tensor) for value in saved.values()):
+        raise UserError(f"{file}: expected a mapping of names to tensors" + f", it names {', '.join(strange)}" * bool(strange))
     return saved
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ldm.common.build import near
 from ldm.common.files import UserError
-from ldm.interop import text_names
+from ldm.interop import component, text_names
 from ldm.interop.rows import Row, inside, pair
 
 COND, UNET = "cond_stage_model.", "model.diffusion_model."  # what their names begin with
@@ -125,8 +124,8 @@ def _clip(params: Mapping, around: Around, prefix: str = f"{COND}transformer.") 
     version = params.get("version", "openai/clip-vit-large-patch14")
     beside = around.folder / version / "config.json"
     if beside.is_file():  # what no shape tells
-        sizes = json.loads(beside.read_text())
-        which |= {"heads": sizes["num_attention_heads"], "activation": sizes["hidden_act"]}
+        sizes = component.read_json(beside)
+        which |= {"heads": sizes.get("num_attention_heads"), "activation": sizes.get("hidden_act")}
     return _text(around, "hf_clip", prefix, params, vocabulary=vocabulary(version, around.folder), **which)
 
 

@@ -67,7 +67,8 @@ def holds(keys: Iterable[str]) -> bool:
 
 def flat(saved: Mapping) -> Mapping:
     """A training checkpoint's two state dicts as one; anything else as it is."""
-    parts = {name: saved[name] for name in ("model", "ema") if isinstance(saved.get(name), Mapping)}
+    parts = {name: {str(key): value for key, value in saved[name].items()}
+             for name in ("model", "ema") if isinstance(saved.get(name), Mapping)}  # fmt: skip
     if not any(holds(part) for part in parts.values()):
         return saved
     return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}

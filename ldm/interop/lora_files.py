@@ -8,16 +8,17 @@ lora_unet_<name with _ for .>.lora_down.weight and .alpha, in the names of diffu
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm.adapters import Change
-from ldm.common.files import UserError, atomic_write
+from ldm.common.files import UserError, atomic_write, parse_json
+from ldm.interop import component, pickles
 from ldm.interop.rows import some
 
 WEIGHTS, PEFT, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -72,7 +73,7 @@ def find(path: Path) -> Path:
 def contents(file: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors, and what is said of them: settings of parts by diffusers, peft or, in a checkpoint, us."""
     beside = file.parent / PEFT_CONFIG
-    about = _json(beside) if file.name.startswith("adapter_model") and beside.is_file() else {}
+    about = component.read_json(beside) if file.name.startswith("adapter_model") and beside.is_file() else {}
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -80,17 +81,19 @@ def contents(file: Path) -> tuple[dict[str, Tensor], dict]:
             with safe_open(file, "pt") as opened:
                 text = (opened.metadata() or {}).get(METADATA)
                 names = opened.keys()
-                return {key: opened.get_tensor(key) for key in names}, about | (json.loads(text) if text else {})
-        except (SafetensorError, json.JSONDecodeError) as error:
+                said = parse_json(text, f"{file}: its metadata") if text else {}
+                return {key: opened.get_tensor(key) for key in names}, about | (said if isinstance(said, dict) else {})
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: damaged, or no .safetensors file ({_one_line(error)})") from error
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch.load says of a file that is none has no common type
+        saved, strange = pickles.read(file)
+    except (OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{file}: damaged, or no file of weights ({_one_line(error)})") from error
-    if not isinstance(saved, dict) or not all(isinstance(value, Tensor) for value in saved.get("state_dict", saved).values()):
+    tensors = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if strange or not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file}: holds no weights by name; a LoRA is a file of tensors")
-    tensors, own = saved.get("state_dict", saved), saved.get(OWN) or {}
-    if own:
+    own = saved.get(OWN)
+    if isinstance(own, dict) and own:
         return _of_checkpoint(file, tensors, own)
     return tensors, about
 
@@ -168,14 +171,6 @@ def named(layer: Layer, parts: Mapping[str, Mapping[str, Any]]) -> Any | None:
 
 def grouped(layers: Iterable[Layer]) -> str:
     return some([f"{part}.{name}" if part else name for part, name in layers])
-
-
-def _json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({_one_line(error)})") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _one_line(error: Exception) -> str:

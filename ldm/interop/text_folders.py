@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ldm.common.build import build
@@ -21,7 +20,7 @@ from ldm.conditioners.encoders import find as find_encoder
 from ldm.conditioners.tokens import specials
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.conditioners.vocabulary import find as find_tokenizer
-from ldm.interop import text_names
+from ldm.interop import component, text_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,7 +56,7 @@ def read(folder: Path, tokenizer: str | None, later: bool = False, **params: Any
     Raises:
         UserError: for an encoder of another kind, and names or shapes that do not fit.
     """
-    said = settings(_json(folder / CONFIG), str(folder / CONFIG))
+    said = settings(component.read_json(folder / CONFIG), str(folder / CONFIG))
     weights = _weights(folder)
     if later and tokenizer is not None and (ids := ids_in(Path(tokenizer))):
         found = text_names.infer(weights, "", str(folder), **{**said, **ids, "vocabulary": tokenizer, **params})
@@ -103,7 +102,7 @@ def special_ids(tokenizer: Tokenizer, pad: str | None) -> dict[str, int]:
 def ids_in(folder: Path) -> dict[str, int] | None:
     """start, end, pad by a folder's vocab.json, without the tokenizer; None where that does not tell."""
     names = [marked(folder, f"{mark}_token") for mark in ("bos", "eos", "pad")]
-    words = _json(folder / "vocab.json") if (folder / "vocab.json").is_file() else {}
+    words = component.read_json(folder / "vocab.json") if (folder / "vocab.json").is_file() else {}
     found = [words.get(names[1] if name is None else name) for name in names]
     return dict(zip(("start", "end", "pad"), found, strict=True)) if all(isinstance(each, int) for each in found) else None
 
@@ -116,7 +115,7 @@ def pad_token(folder: Path) -> str | None:
 def marked(folder: Path, mark: str) -> str | None:
     """What a tokenizer's folder says that a special token is."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        token = _json(folder / name).get(mark) if (folder / name).is_file() else None
+        token = component.read_json(folder / name).get(mark) if (folder / name).is_file() else None
         if token:
             return token["content"] if isinstance(token, Mapping) else token
     return None
@@ -144,21 +143,8 @@ def write_tokenizer(conditioner: ClipText, folder: Path) -> None:
             temporary.write_text(text, encoding="utf-8")
 
 
-def _json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-
-
 def _weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"{folder}: lacks {' or '.join(WEIGHTS)}")
-    try:
-        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise UserError(f"{file}: damaged, or no weights ({' '.join(str(error).split())[:150]})") from error
+    return component.tensors_in(file)

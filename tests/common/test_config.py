@@ -309,7 +309,7 @@ def test_all_sections_report_together():
 
 def test_a_config_from_a_checkpoint_is_held_to_what_is_trusted():
     (first, *_) = found = check_config(config(), allowed=TRUSTED)
-    assert first.startswith("model.target: this config may name only targets in ldm, ")
+    assert first.startswith("model.target: this config came with a checkpoint and may not name toybox.")
     assert {line.split(":")[0] for line in found} == {"model.target", "data.train.target", "autoencoder.target"}
 
 

@@ -184,7 +184,7 @@ def test_configs_that_do_not_fit(tmp_path, change, said):
 
 def test_a_config_that_is_none(tmp_path):
     written(tmp_path, {"_class_name": "AutoencoderKL", **SMALL})
-    for text, said in (("{", "not valid JSON"), ("[1]", "expected the names and values of a config, got a list")):
+    for text, said in (("{", "not JSON"), ("[1]", "expected the names and values of a config, got a list")):
         (tmp_path / "config.json").write_text(text)
         refused(lambda: ldm.load(tmp_path), "config.json", said)
 
