@@ -59,7 +59,6 @@ class Bundle(nn.Module):
         self.config, self.about = config, about or {}
         self.sampling = DEFAULTS | {key: value for key, value in (sampling or {}).items() if value is not None}
         self._checked = self._warned = False
-        self._channels_last()
 
     @classmethod
     def from_config(cls, config: Mapping, *, sampling: dict | None = None, about: dict | None = None,
@@ -92,11 +91,11 @@ class Bundle(nn.Module):
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
-        self._channels_last()
         return self
 
-    def _channels_last(self) -> None:
-        """Convolutions are faster so without gradients; with them it depends, so that training an autoencoder does without."""
+    def lay_out(self) -> None:
+        """Weights of convolutions channels-last, which are faster so without gradients. Those that were mapped from a file are
+        copied, which is why loading leaves them; whoever draws calls it."""
         for part in (self.autoencoder, self.denoiser):
             if part is not None:
                 part.to(memory_format=torch.channels_last)
@@ -191,6 +190,7 @@ class Bundle(nn.Module):
         if self.denoiser is None:
             raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
                             "give the checkpoint of a diffusion model (stage 2)")
+        self.lay_out()
         batch, n = _batch(prompts)
         plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
         sampler, guidance = plan["sampler"], plan["guidance"]

@@ -111,12 +111,12 @@ class Process:
 
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda(t) = log(alpha / sigma), half of the log signal-to-noise ratio (DPM-Solver, 2206.00927)."""
-        alpha, sigma = self.exact(t.double())
+        alpha, sigma = self.exact(in_double(t))
         return alpha.log() - sigma.log()
 
     def when(self, log_snr: Tensor) -> Tensor:
         """The inverse of ``log_snr``, fp64, by search: the time where lambda(t) is that, or the nearest end."""
-        wanted = log_snr.double().unsqueeze(-1)
+        wanted = in_double(log_snr).unsqueeze(-1)
         low, high = torch.full_like(wanted, self.t_data), torch.full_like(wanted, self.t_max)
         shares = torch.linspace(0, 1, 65, dtype=torch.float64, device=wanted.device)
         for _ in range(9):  # 64^9 parts
@@ -362,7 +362,7 @@ class EDM(Process):
         return torch.ones_like(t), t
 
     def when(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-log_snr.double())
+        return torch.exp(-in_double(log_snr))
 
     def time(self, t: Tensor) -> Tensor:
         if self.tells == "c_noise":

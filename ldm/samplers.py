@@ -99,7 +99,7 @@ def ddim(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, eta: f
 
 
 def ddim_inversion(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, refine: int = 0,
-                   callback: Callback | None = None) -> Tensor:
+                   asks: Literal["begin", "end"] = "begin", callback: Callback | None = None) -> Tensor:
     """From data to noise along the ODE: DDIM over increasing times (2010.02502, section 4.3).
 
     The slope at x_t stands for that at x_s, but at clean data, where there is no noise to be seen, the slope at s does.
@@ -107,10 +107,12 @@ def ddim_inversion(denoise: Denoise, x: Tensor, times: Tensor, process: Process,
     Args:
         refine: rounds of fixed-point iteration on x_s, which make this the exact inverse of ``ddim`` over the same times
             (2309.04907).
+        asks: "end" tells the network the time s together with x_t (diffusers' DDIMInverse).
     """
     chart = Chart(process)
     for step, t, here, there, s in walk(times, process):
-        guess = ask(denoise, *((x, t) if here.sigma > 0 else (chart(there)[0] * x / chart(here)[0], s)), step, callback)
+        seen = (x, t) if here.sigma > 0 else (chart(there)[0] * x / chart(here)[0], s)
+        guess = ask(denoise, *(seen if asks == "begin" else (x, s)), step, callback)
         x_s = chart.jump(x, chart.slope(guess), here, there)
         for _ in range(refine):
             x_s = chart.jump(x, chart.slope(ask(denoise, x_s, s)), here, there)
@@ -121,28 +123,35 @@ def ddim_inversion(denoise: Denoise, x: Tensor, times: Tensor, process: Process,
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def last_orders(order: int, final_order: int | None, times: Tensor, process: Process) -> list[int]:
-    """The highest order of each step of a multistep method on Chart: ``order``, towards the end one less in each step down
-    to ``final_order``.
+STABLE = {3: 6 / 11, 4: 3 / 10}  # h |eigenvalue| up to which Adams-Bashforth is stable; 1 for order 2
 
-    A step to tau = 0 multiplies an error of x by 1 - b, b the newest slope's weight: in size 0, 1/2, 11/12, 31/24 for orders
-    1 to 4 of even steps. So, where None, it is 2 if such a step is a long one: in flow coordinates, to clean data.
+
+def orders_of(order: int, final_order: int | None, times: Tensor, process: Process) -> list[int]:
+    """The order of each step of a multistep method on Chart: ``order`` as published, or in each of the last steps one less
+    down to ``final_order``.
+
+    None: as published on x / alpha over sigma / alpha, where nobody takes long steps; in flow coordinates not above what is
+    stable. There a slope's derivative is up to 1 / tau, for data that are points, times the scale of guidance. So a step that
+    leaves out a share of tau may make this share half of STABLE: 10 even steps are of order 4 4 4 4 3 3 3 2 2 2.
     """
     steps = steps_of(times)
-    long = process.straight and at(process, float(steps[-1, 1])).sigma == 0
-    final = min(order, 2 if long else order) if final_order is None else final_order
-    return [min(order, max(final, left)) for left in range(len(steps), 0, -1)]
+    if final_order is not None or not process.straight:
+        return [min(order, max(order if final_order is None else final_order, left)) for left in range(len(steps), 0, -1)]
+    alpha, sigma = process.exact(steps)
+    tau, tau_s = (sigma / (alpha + sigma)).unbind(1)
+    return [max(k for k in range(1, order + 1) if k <= 2 or share <= STABLE.get(k, STABLE[4]) / 2)
+            for share in (1 - tau_s / tau).tolist()]  # fmt: skip
 
 
 def plms(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, start: Literal["euler", "prk"] = "euler",
-         order: int = 4, final_order: int | None = None, of: Literal["slope", "v"] = "slope",
+         order: Literal[1, 2, 3, 4] = 4, final_order: int | None = None, of: Literal["slope", "v"] = "slope",
          callback: Callback | None = None, noise: Noise | None = None) -> Tensor:
     """Pseudo linear multistep: Adams-Bashforth slopes put into DDIM's step (PNDM, 2202.09778, eq. 9 and 12).
 
     Args:
         start: of the history: euler, one pseudo improved Euler step (Stable Diffusion's PLMS, diffusers' skip_prk_steps);
             prk, three pseudo Runge-Kutta steps of four calls each (the paper's eq. 13; "pndm" in SAMPLERS).
-        order: of the slopes, 1 to 4; final_order: lowest order of the last steps, see ``last_orders``.
+        order: of the slopes, 1 to 4; final_order: lowest order of the last steps, see ``orders_of``.
         of: what the slopes are of: the ODE of Chart; or v, as diffusers has it for networks that say v.
     """
     chart, slopes = Chart(process), []
@@ -150,7 +159,7 @@ def plms(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, start:
     def slope(guess: Prediction, here: Point) -> Tensor:
         return chart.slope(guess) if of == "slope" else target(guess.x0, guess.eps, -here.sigma, here.alpha)
 
-    jump, orders = chart.jump if of == "slope" else turned, last_orders(order, final_order, times, process)
+    jump, orders = chart.jump if of == "slope" else turned, orders_of(order, final_order, times, process)
     for done, (step, t, here, there, s) in enumerate(walk(times, process)):
         d = slope(ask(denoise, x, t, step, callback), here)
         slopes = [d, *slopes][: orders[step]]
@@ -234,10 +243,10 @@ def lms(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, order: 
     ``order`` slopes is integrated over the step, exactly.
 
     Args:
-        final_order: lowest order of the last steps, see ``last_orders``.
+        final_order: lowest order of the last steps, see ``orders_of``.
     """
     chart, slopes, nodes = Chart(process), [], []
-    orders = last_orders(order, final_order, times, process)
+    orders = orders_of(order, final_order, times, process)
     for step, t, here, there, _ in walk(times, process):
         tau, tau_s = chart(here)[1], chart(there)[1]
         slopes = [chart.slope(ask(denoise, x, t, step, callback)), *slopes][: orders[step]]
@@ -256,10 +265,10 @@ def deis(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, order:
 
     Args:
         basis: u: the process' time (the paper's tAB), or log(sigma / alpha) (diffusers).
-        final_order: lowest order of the last steps, see ``last_orders``; 1: diffusers' lower_order_final.
+        final_order: lowest order of the last steps, see ``orders_of``; 1: diffusers' lower_order_final.
     """
     chart, slopes, nodes = Chart(process), [], []
-    orders = last_orders(order, final_order, times, process)
+    orders = orders_of(order, final_order, times, process)
 
     def tau(u: Tensor) -> Tensor:
         alpha, sigma = process.exact(u) if basis == "t" else ((-u).exp(), torch.ones_like(u))
@@ -414,7 +423,7 @@ def unipc(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, order
         log_snr, now = believed(ask(denoise, x, t, step, callback), here, of)
         if corrector and before is not None:
             x = unified(*before, of, variant, new=now)
-        if is_pure(here, of) or there.sigma == 0:
+        if math.isinf(log_snr) or there.sigma == 0:
             kept, value, *_ = exponential(here, there, of)
             before, x = None, kept * x + value * now
             continue
@@ -470,10 +479,10 @@ def dpm_adaptive(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *
     control = Control(len(x), h_init, 1.5 if eta else order, pcoeff, icoeff, dcoeff, accept_safety)
     y, before, log_snr = x / low.alpha, x, torch.full((len(x),), low.log_snr, dtype=torch.float64)
     while (active := log_snr < high.log_snr - 1e-5).any():
-        target = torch.where(active, (log_snr + control.h).clamp(max=high.log_snr), log_snr + 1e-3)  # who is done repeats
-        down, up = ancestral_lambda(log_snr, target, eta, high.log_snr)
+        aim = torch.where(active, (log_snr + control.h).clamp(max=high.log_snr), log_snr + 1e-3)  # who is done repeats
+        down, up = ancestral_lambda(log_snr, aim, eta, high.log_snr)
         lower, higher = pair(look, y, log_snr, look(y, log_snr, attempt), down - log_snr, order)
-        alpha_s = wide(process.exact(process.when(target))[0], y)
+        alpha_s = wide(process.exact(process.when(aim))[0], y)
         allowed = (rtol * torch.maximum((alpha_s * lower).abs(), before.abs())).clamp(min=atol)
         error = (alpha_s * (lower - higher) / allowed).square().flatten(1).mean(1).cpu().double()
         accept = active & control.judge((error.mean().expand_as(error) if joint else error).sqrt())
@@ -481,7 +490,7 @@ def dpm_adaptive(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *
             higher = higher + s_noise * wide(up, y) * draw(noise, attempt, y)
         chosen = wide(accept, y).bool()
         y, before = torch.where(chosen, higher, y), torch.where(chosen, alpha_s * lower, before)
-        log_snr, attempt = torch.where(accept, target, log_snr), attempt + 1
+        log_snr, attempt = torch.where(accept, aim, log_snr), attempt + 1
     x = high.alpha * y
     return move(x, ask(denoise, x, t_high).x0, high, end) if end != high else x
 

@@ -14,6 +14,7 @@ from ldm.likelihood import (
     continuous_bound,
     decoder_nats,
     discretized_log_likelihood,
+    dormand_prince,
     draw_latent,
     joined,
     laplace_log_density,
@@ -316,6 +317,14 @@ def test_likelihoods_of_no_pictures_are_none():
     assert ode_likelihood(denoise, none, process).log_likelihood.shape == (0,)
     assert variational_bound(denoise, none, karras(process, 4), process, **options).total.shape == (0,)
     assert continuous_bound(denoise, none, process, 4, **options).total.shape == (0,)
+
+
+def test_how_far_the_ode_is_and_that_it_ends():
+    seen = []
+    ode_likelihood(gaussian(RectifiedFlow()), X0, RectifiedFlow(), tolerance=1e-2, callback=seen.append)
+    assert seen == sorted(seen) and 0 < seen[0] and seen[-1] == pytest.approx(1)
+    with pytest.raises(ValueError, match="not solved after 3 steps, at .* of 1; take a larger tolerance than 1e-06"):
+        dormand_prince(lambda w, state: state.cos(), torch.zeros(2, 2).double(), 0.0, 1.0, 1e-6, most=3)
 
 
 def test_a_network_of_nan_is_told():

@@ -97,6 +97,7 @@ def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
     device, began = pick_device(args.device), time.perf_counter()
     dtype = getattr(torch, PRECISIONS[args.precision]) if args.precision in PRECISIONS else None
     bundle = load(args.ckpt, args.config, ema=not args.no_ema, device=device, dtype=dtype, trust=args.trust)
+    bundle.lay_out()
     if args.autoencoder_precision in PRECISIONS:
         bundle.autoencoder.to(getattr(torch, PRECISIONS[args.autoencoder_precision]))
     if getattr(args, "lora", None):

@@ -49,12 +49,18 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
     if config is None:
         raise UserError(f"{origin}: an autoencoder of diffusers; its {CONFIG} is expected beside it")
     block = block_of(config, origin)
-    modern = {re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD[m[2]], key): value
-              for key, value in tensors.items()}  # fmt: skip
-    found = translated(block, "diffusers", modern, origin)
+    found = translated(block, "diffusers", modern(tensors), origin)
     shift, scale = statistics(config, origin)
     found["shift"], found["scale"] = found["shift"] + shift, found["scale"] * scale
     return about(block, "diffusers"), {f"autoencoder.{key}": value for key, value in found.items()}
+
+
+def modern(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that the parts of attention have since 0.17."""
+    if not any(".attentions." in key and key.rsplit(".", 2)[-2] in OLD for key in tensors):
+        return dict(tensors)
+    return {re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD[m[2]], key): value
+            for key, value in tensors.items()}  # fmt: skip
 
 
 def statistics(config: Mapping, origin: str) -> tuple[Tensor, Tensor]:  # numbers or (C,) each

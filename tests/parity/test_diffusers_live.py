@@ -9,7 +9,9 @@ import torch
 from diffusers_replay import own_levels, prepared, replay
 from safetensors.torch import load_file
 
-from ldm.process import RectifiedFlow
+from ldm.parameterization import Prediction
+from ldm.process import DDPM, RectifiedFlow
+from ldm.samplers import ddim_inversion
 
 pytest.importorskip("diffusers")
 from diffusers_runs import run  # noqa: E402
@@ -93,3 +95,22 @@ def test_of_the_recorded_kinds(name):
 def test_with_other_options(k):
     kind, config, step, n = MORE[k]
     same(run(kind, config, step, n, INPUTS))
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+def test_inversion(to_one):
+    """Told the time where a step ends, and at the first t = 1 the data, which are at alpha = 1 or at that of t = 0."""
+    config = {**LEADING, **NO_CLIP, "set_alpha_to_one": to_one}
+    case = run("DDIMInverse", config, {}, 10, INPUTS)
+    times = torch.tensor([-1.0 if to_one else 0.0, *case.tensors["timesteps"].tolist()]).double()
+    process, outputs, seen = DDPM(), iter(case.out("model_output")), []
+
+    def denoise(x, t):
+        seen.append((x, int(t[0])))
+        eps = next(outputs)
+        return Prediction(x, eps)
+
+    last = ddim_inversion(denoise, case.out("traj")[0], times, process, asks="end")
+    states = case.out("traj")
+    found = torch.stack([*(x for x, _ in seen), last])
+    assert [t for _, t in seen] == case.tensors["timesteps"].tolist() and (found - states).abs().max() < 1e-5 * states.abs().max()
