@@ -86,7 +86,8 @@ def test_what_was_begun_so_is_known_again_and_goes_on(base, tmp_path, capsys):
     (run / "checkpoints" / "last.ckpt").unlink()
     (run / "checkpoints" / "step-000003.ckpt").unlink()
     assert main(["--resume", str(run), "-t", "--no-test", "--logdir", str(tmp_path)]) == 0
-    assert all(torch.equal(value, state(run)["state_dict"][name]) for name, value in weights.items())
+    again = state(run)["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
 
 
 def test_an_autoencoder_begins_with_one(base, tmp_path, capsys):
