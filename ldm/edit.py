@@ -39,6 +39,30 @@ def img2img(x0: Tensor, eps: Tensor, times: Tensor, process: Process, strength: 
     return alpha * x0 + sigma * eps, times[first:]
 
 
+def partway(x0: Tensor, eps: Tensor, times: Tensor, process: Process, strength: float) -> tuple[Tensor, Tensor]:
+    """As ``img2img``, but begun at the share ``strength`` itself: where that is no whole number of steps, inside of a step,
+    between the two times in the list. So any number of steps keeps as much of the picture.
+
+    Args:
+        strength: in (0, 1].
+    """
+    times = shortened(times, strength)
+    alpha, sigma = _level(process, times, 0)
+    return alpha * x0 + sigma * eps, times
+
+
+def shortened(times: Tensor, strength: float) -> Tensor:
+    """The last share ``strength`` of the steps in ``times`` (N+1,)."""
+    steps = len(times) - 1
+    if times.ndim != 1 or not 0 < strength <= 1:
+        raise ValueError(f"strength {strength}, times {tuple(times.shape)}: a share above 0, up to 1, of a list (N+1,)")
+    whole = int(place := steps - strength * steps + 1e-9)  # 10 - 0.7 * 10 is 3
+    rest = times[whole:].clone()
+    if place - whole > 1e-6:
+        rest[0] = torch.lerp(times[whole], times[whole + 1], place - whole)
+    return rest
+
+
 def _level(process: Process, times: Tensor, i: int) -> tuple[float, float]:
     """alpha and sigma at times[i]."""
     alpha, sigma = process.exact(times[i].double())
