@@ -9,11 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ldm.common.build import near
-from ldm.common.files import UserError
-
 Kind = Literal["text", "class", "number", "picture", "mask", "map", "depth", "boxes", "array"]
-Sides = Literal["picture", "latent", "any"]  # whose height and width a picture has: of what is drawn, of its latent, its own
+Sides = Literal["picture", "latent", "any"] | int  # those of what is drawn, of its latent, its own; n: 1/n of what is drawn
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,6 @@ def united(wants: Sequence[tuple[Want, ...] | None]) -> tuple[Want, ...] | None:
 def missing(wants: Sequence[Want], batch: Mapping[str, Any]) -> list[Want]:
     """What the batch lacks."""
     return [want for want in wants if want.needed and want.default is None and not {want.key, want.instead} & batch.keys()]
-
-
-def strange(wants: Sequence[Want], key: str) -> UserError:
-    """What there is to say of a key that nobody reads."""
-    known = [want.key for want in wants]
-    return UserError(f"{key}: this model reads no such condition{near(key, known)}; it reads {', '.join(known) or 'none'}")
 
 
 def completed(conditioner: nn.Module | None, batch: Mapping[str, Any], size: Sequence[int], n: int) -> dict[str, Any]:

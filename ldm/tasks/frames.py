@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
 import torch
@@ -44,11 +45,11 @@ def framed(bundle: Bundle, height: int, width: int, fit: Fit = "error", step: in
     Args:
         fit: of sizes that are no multiples of what autoencoder and network divide by: "error", a UserError that names the
             nearest, or "pad", the next larger one.
-        step: the corner is a multiple of this.
+        step: corner and drawn size are multiples of this too.
     """
     if fit == "error":
         check_size(height, width, bundle.autoencoder.factor, getattr(bundle.denoiser.network, "multiple", 1))
-    side = unit(bundle)
+    side = lcm(unit(bundle), step)
     drawn = tuple(max(1, -(-length // side)) * side for length in (height, width))
     corner = tuple((outer - inner) // 2 // step * step for outer, inner in zip(drawn, (height, width), strict=True))
     return Frame((height, width), drawn, corner)

@@ -23,13 +23,7 @@ def upscale(bundle: Bundle, image: Tensor, prompts: Prompts = None, *, factor: i
         noise_level: how noisy the small picture is made, and the network told that it is, where it was trained so
             (2106.15282, section 4.1); None: the conditioner's own.
     """
-    part = small_picture(bundle)
-    known = enlargement(bundle)
-    factor = known if factor is None else factor
-    if factor is None or (part.resize == "none" and factor != known):
-        raise UserError(f"factor: {factor}; " + (f"this model enlarges {known} times" if known else
-                        "this model does not say by how much it enlarges: give the factor that it was trained with"))
-    more = {}
+    part, factor, more = small_picture(bundle), factor_of(bundle, factor), {}
     if noise_level is not None:
         if part.noise is None:
             raise UserError(f"noise_level: {noise_level}; this model was trained on small pictures without noise")
@@ -45,6 +39,16 @@ def small_picture(bundle: Bundle) -> LowResolution:
         raise UserError("this model was not trained to enlarge (it has no LowResolution condition); train "
                         "configs/tasks/super_resolution.yaml, or load an upscaler")
     return part
+
+
+def factor_of(bundle: Bundle, asked: int | None) -> int:
+    """By how much is enlarged. UserError where the model cannot do what is asked, or says nothing and nothing is asked."""
+    known = enlargement(bundle)
+    if (asked or known) is None:
+        raise UserError("factor: this model does not say by how much it enlarges; give the factor that it was trained with")
+    if asked not in (None, known) and small_picture(bundle).resize == "none":
+        raise UserError(f"factor: {asked}; this model enlarges {known} times")
+    return asked or known
 
 
 def enlargement(bundle: Bundle) -> int | None:

@@ -1,0 +1,280 @@
+"""What the commands that draw have in common: arguments, numbered files that tell how they were made, a sheet, previews.
+
+A command is a Task. ``carry_out`` reads its arguments (over those in the metadata of --from-image), refuses what cannot be
+before anything is written, and draws batch by batch; each file is there as soon as it is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.app import conditions, png
+from ldm.app.conditions import unchanged
+from ldm.app.models import (
+    enough_memory,
+    load_model,
+    model_arguments,
+    positive,
+    precision_name,
+    sampling_arguments,
+    sampling_of,
+)
+from ldm.app.png import SHEET, SHOWN, check_free
+from ldm.common.files import UserError, file_sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldm.app.reading import Row
+    from ldm.bundle import Bundle
+    from ldm.conditioners.wants import Want
+    from ldm.tasks import Frame
+
+log = logging.getLogger(__name__)
+READING = ("prompt_weights", "long")
+PREVIEW, PREVIEWED, SMALL = "preview.png", 4, 256  # the first pictures of a batch beside one another, at most so high
+Make = Callable[[dict, dict], "Tensor"]  # (rows of a batch, options of Bundle.generate) -> pictures
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command that draws.
+
+    name: in the metadata of what it draws; "": drawn from conditions alone.
+    plan: (args, bundle, rows of conditions, frame) -> a row for each picture, and what makes pictures of a batch of these.
+    wants: (args, bundle) -> conditions that it reads itself.
+    count: (args, number of rows of conditions) -> pictures.
+    options: arguments of its own that pixels depend on, by their names, with defaults.
+    walks: (args, steps) -> steps of the network for one batch, as far as a progress bar shows them.
+    text: prompts are needed where the model reads any.
+    """
+
+    name: str
+    plan: Callable[[argparse.Namespace, Bundle, list[Row], Frame], tuple[list[Row], Make]]
+    wants: Callable[[argparse.Namespace, Bundle], Sequence[Want]] = lambda args, bundle: ()
+    count: Callable[[argparse.Namespace, int], int] = lambda args, n: n * args.n_samples
+    options: dict[str, Any] = field(default_factory=dict)
+    walks: Callable[[argparse.Namespace, int], int] = lambda args, steps: steps
+    text: bool = False
+
+
+def arguments(parser: argparse.ArgumentParser, text: bool = False, samples: bool = True) -> None:
+    """text: prompts have to be given; samples: there may be several pictures of one condition."""
+    model_arguments(parser)
+    conditions.arguments(parser, text)
+    parser.add_argument("--outdir", required=True, metavar="D", help="folder for 00000.png, 00001.png ...")
+    if samples:
+        parser.add_argument("--n-samples", type=positive, default=1, metavar="N", help="pictures of each condition (1)")
+    sampling_arguments(parser)
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction, default=None,
+                        help="prompts have weights in them: (more), [less], (word:1.3); default: as stored with the model")
+    parser.add_argument("--long", choices=("cut", "error", "window"), default=None,
+                        help="of prompts that are longer than the text encoder reads at once: leave the rest out, refuse "
+                             "them, or read all in several windows; default: as stored with the model")
+    parser.add_argument("--classifier", metavar="CKPT", help="a classifier of noisy latents that guides towards --class")
+    parser.add_argument("--classifier-scale", type=float, metavar="S", help="factor of its gradient (1)")
+    parser.add_argument("--seed", type=int, metavar="K", help="of the first picture; the next has K + 1 (0)")
+    parser.add_argument("--height", type=positive, metavar="H",
+                        help="pixels; pictures that are given are cut in their middle and resized to that; default: as they "
+                             "are, or as stored with the model")
+    parser.add_argument("--width", type=positive, metavar="W")
+    parser.add_argument("--fit", choices=("error", "pad"), default=None,
+                        help="of sizes that the model cannot draw: refuse them, naming the nearest (error), or draw the next "
+                             "larger one and cut out its middle (pad)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="B",
+                        help="pictures at a time (1: each is the same to the last bit, whatever else is drawn; more: "
+                             "faster, and the same up to rounding)")
+    parser.add_argument("--tile", type=positive, metavar="PIXELS",
+                        help="encode and decode large pictures by tiles of that side, with less memory (256); default: at once")
+    parser.add_argument("--window", type=positive, metavar="PIXELS",
+                        help="the network sees large pictures through overlapping windows of that side; default: at once")
+    parser.add_argument("--preview-every", type=positive, metavar="N", help=f"every N steps, what is guessed so far: {PREVIEW}")
+    parser.add_argument("--no-metadata", action="store_true", help="keep prompts and settings out of the files")
+    parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
+
+
+def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
+    """-> the files that were drawn."""
+    if (args.height is None) != (args.width is None):
+        raise UserError("--height and --width: give both or neither")
+    settings, old = sampling_of(args), recalled(args, task)
+    given = conditions.asked(args, old)
+    conditions.check_files(given)
+    settings = merged(args, settings, old)
+    n = max(map(len, given.values()), default=1)
+    folder = Path(args.outdir)
+    files = [folder / f"{i:05d}.png" for i in range(task.count(args, n))]
+    extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview_every)
+    check_free([*files, *extra], args.overwrite)
+    bundle = load_model(args)
+    from ldm.app.reading import read
+
+    wants = conditions.wanted(bundle, [*task.wants(args, bundle), *guiding(args)], given, task.text)
+    if "caption" in wants:
+        given.setdefault("caption", [""])
+    elif args.negative_prompt is not None:
+        raise UserError("--negative-prompt: this model reads no text")
+    size = [args.height, args.width] if args.height else None
+    rows, frame = read(bundle, wants, given, size, args.fit or "error", getattr(args, "expand", None) or (0, 0, 0, 0))
+    rows, make = task.plan(args, bundle, rows, frame)
+    chosen, options = bundle.plan(**settings), options_of(args, bundle)
+    facts = facts_of(bundle, args.batch_size, args.tile)
+    if args.from_image:
+        warn_of_differences(args.from_image, facts)
+    about = {**({"task": task.name} if task.name else {}), **about_of(args, task, chosen, frame), **facts}
+    with enough_memory():
+        draw(args, bundle, files, rows, make, {**options, **chosen}, about, task.walks(args, chosen["steps"]))
+    print(f"{len(files)} picture{'s' * (len(files) > 1)} in {folder}")
+    if len(files) > 1:
+        print(f"{'all' if len(files) <= SHOWN else f'the first {SHOWN}'} on {folder / SHEET}")
+    return files
+
+
+def recalled(args: argparse.Namespace, task: Task) -> dict:
+    """The metadata of --from-image, {} without; arguments that are not given are filled in from it, or by their defaults."""
+    old = png.read(args.from_image) if args.from_image else {}
+    if old and ("seed" not in old or "prompts" in old):
+        raise UserError(f"{args.from_image}: its metadata is not that of one drawn picture; was it drawn by this program?")
+    if old and old.get("task", "") != task.name:
+        raise UserError(f"{args.from_image}: `python -m ldm {old.get('task') or 'generate'}` has drawn it, and draws it again")
+    same = ("precision", "autoencoder_precision", "tile", "window", "fit", "negative_prompt", *READING, *task.options)
+    for name in same:
+        if getattr(args, name) is None:
+            setattr(args, name, old.get(name))
+    args.seed = old.get("seed", 0) if args.seed is None else args.seed
+    if args.height is None and old.get("size"):
+        left, top, right, bottom = old.get("expand") or (0, 0, 0, 0)
+        args.height, args.width = old["size"][0] - top - bottom, old["size"][1] - left - right
+    if args.classifier is None and "classifier" in old:
+        args.classifier = unchanged(old["classifier"], args.from_image, "--classifier")
+        args.classifier_scale = old["classifier"]["scale"] if args.classifier_scale is None else args.classifier_scale
+    for name, value in task.options.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return old
+
+
+def merged(args: argparse.Namespace, settings: dict, old: dict) -> dict:
+    """What sampling_of gives, over what a picture was drawn with."""
+    if not old:
+        return settings
+    guidance = old.get("guidance") or {"scale": old.get("scale")}
+    steps = None if isinstance(settings["times"], list) else old.get("steps")  # a list of times says how many
+    found = {key: old.get(key) if value is None else value for key, value in (settings | {"steps": None}).items()}
+    return found | {"steps": args.steps or steps, "guidance": guidance | (settings["guidance"] or {})}
+
+
+def guiding(args: argparse.Namespace) -> Sequence[Want]:
+    """What a classifier has to be told."""
+    if not args.classifier:
+        return ()
+    from ldm.conditioners.wants import Want
+
+    return (Want("class", "class", "a class, which --classifier guides towards"),)
+
+
+def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
+    """Of Bundle.generate, beside those of its plan."""
+    options = {"negative_prompt": args.negative_prompt, "tile": args.tile, "window": args.window,
+               **{name: getattr(args, name) for name in READING}}  # fmt: skip
+    if args.classifier:
+        from ldm.classifier import by_classifier
+        from ldm.load import load_classifier
+
+        classifier = load_classifier(args.classifier, ema=not args.no_ema, device=bundle.device, trust=args.trust)
+        scale = 1.0 if args.classifier_scale is None else args.classifier_scale
+        options["guide"] = by_classifier(classifier, scale, bundle.denoiser.process, bundle.autoencoder)
+    elif args.classifier_scale is not None:
+        raise UserError("--classifier-scale: give --classifier too")
+    return options
+
+
+def facts_of(bundle: Bundle, batch_size: int, tile: int | None) -> dict:
+    """What the pixels depend on beside what was asked for."""
+    from ldm.bundle import versions
+
+    return {"model": bundle.content_hash(), "precision": precision_name(bundle),
+            "autoencoder_precision": precision_name(bundle, "autoencoder"), "batch_size": batch_size, "tile": tile,
+            "versions": versions()}  # fmt: skip
+
+
+def about_of(args: argparse.Namespace, task: Task, chosen: dict, frame: Frame) -> dict:
+    """What was asked for: what all pictures of a run say."""
+    guidance = {name: value for name, value in chosen["guidance"].items() if value is not None}
+    extra = {name: getattr(args, name) for name in (*READING, "window", "fit", *task.options)}
+    if args.classifier:
+        from ldm.load import find
+
+        file = find(Path(args.classifier))
+        extra["classifier"] = {"path": str(file), "sha256": file_sha256(file), "scale": args.classifier_scale or 1.0}
+    return {"negative_prompt": args.negative_prompt, "sampler": chosen["sampler"], "steps": chosen["steps"],
+            "times": chosen["times"], "scale": guidance["scale"], **({"guidance": guidance} if len(guidance) > 1 else {}),
+            "size": list(frame.size), **{name: value for name, value in extra.items() if value is not None}}  # fmt: skip
+
+
+def warn_of_differences(image: str, facts: dict) -> None:
+    """What keeps a picture from being drawn again exactly."""
+    old = png.read(image)
+    for key, value in facts.items():
+        if key in old and old[key] != value:
+            log.warning("%s was made with %s %s, now it is %s: the picture may differ", image, key, old[key], value)
+
+
+def draw(args: argparse.Namespace, bundle: Bundle, files: list[Path], rows: list[Row], make: Make, options: dict, about: dict,
+         steps: int) -> None:
+    """Writes the pictures, and a sheet of them all. steps: of the network for one batch."""
+    import torch
+    from tqdm import tqdm
+
+    from ldm.app.reading import stacked
+    from ldm.callbacks.sheet import sheet, to_image
+
+    shown, captions = [], [caption(row.said) for row in rows]
+    batches = [range(len(files))[start : start + args.batch_size] for start in range(0, len(files), args.batch_size)]
+    with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=None) as bar:
+        for batch in batches:
+            watch = Watch(bar, bundle, files[0].parent / PREVIEW, args.preview_every, args.tile)
+            pictures = make(stacked([rows[i].values for i in batch]),
+                            {**options, "seed": args.seed, "indices": batch, "callback": watch})  # fmt: skip
+            for i, picture in zip(batch, pictures.cpu(), strict=True):
+                own = {"seed": args.seed + i, **about, **rows[i].said}
+                png.write(files[i], to_image(picture), None if args.no_metadata else own)
+                shown += [picture] if i < SHOWN else []
+    if len(files) > 1:
+        samples = getattr(args, "n_samples", 1)
+        page = sheet(torch.stack(shown), captions[:SHOWN], samples if 1 < samples < len(files) else None)
+        own = {"prompts": captions[:SHOWN], "seed": args.seed, **about}
+        png.write(files[0].parent / SHEET, page, None if args.no_metadata else own)
+
+
+class Watch:
+    """What sampling calls at every step: it moves a progress bar and, every so many steps, writes what is guessed so far."""
+
+    def __init__(self, bar: Any, bundle: Bundle, file: Path, every: int | None, tile: int | None):
+        self.bar, self.bundle, self.file, self.every, self.tile, self.calls = bar, bundle, file, every, tile, 0
+
+    def __call__(self, step: int, t: float, x: Tensor, guess: Any) -> None:
+        from ldm.callbacks.sheet import to_image
+
+        self.bar.update()
+        self.calls += 1
+        if self.every and self.calls % self.every == 0:
+            beside = self.bundle.decode(guess.x0[:PREVIEWED], self.tile).movedim(0, 2).flatten(2)  # (C,H,B W)
+            image = to_image(beside)
+            image.thumbnail((image.width, SMALL))
+            png.write(self.file, image, None)
+
+
+def caption(said: dict) -> str:
+    """What stands under a picture on the sheet."""
+    files = [Path(file["path"]).name for file in (said.get("inputs") or {}).values()]
+    texts = [said["prompt"]] if said.get("prompt") else []
+    texts += [f"{key} {value}" for key, value in (said.get("conditions") or {}).items()]
+    told = ", ".join([*texts, *files])
+    return f"{told} -> {caption(said['to'])}" if "to" in said else told
