@@ -33,12 +33,10 @@ FLAGS = {  # key in a batch -> option, kind (see ldm.conditioners.wants), what i
 ELSEWHERE = {"mask": "inpaint", "low_res": "upscale"}  # conditions whose pictures another command makes
 
 
-def arguments(parser: argparse.ArgumentParser, text: bool) -> None:
-    """text: prompts, or a picture to draw again, have to be given."""
-    source = parser.add_mutually_exclusive_group(required=text)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts, each in quotes")
     source.add_argument("--prompts-file", metavar="F", help="a text file (UTF-8) with a prompt on each line")
-    source.add_argument("--from-image", metavar="PNG", help="draw this picture again; other arguments change it")
     for key, (flag, _, metavar, help) in FLAGS.items():
         parser.add_argument(flag, dest=key, nargs="+", metavar=metavar, help=f"{help}; one for all pictures, or one for each")
     parser.add_argument("--condition", nargs="+", default=[], metavar="KEY=VALUE",
@@ -116,7 +114,8 @@ def wanted(bundle: Bundle, own: Sequence[Want], given: Mapping[str, Sequence[str
     from ldm.conditioners.wants import Want, missing, wants_of
 
     said = wants_of(bundle.conditioner)
-    wants = {want.key: want for want in said or ()} | {want.key: want for want in own}
+    unknown = [Want("caption", "text", "a text", needed=False)] if said is None else []
+    wants = {want.key: want for want in [*unknown, *(said or ()), *own]}
     for key in given:
         if key not in wants and said is not None:
             reads = ", ".join(f"{flag_of(want.key)} ({want.about})" for want in wants.values()) or "none"

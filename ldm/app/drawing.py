@@ -63,10 +63,11 @@ class Task:
     text: bool = False
 
 
-def arguments(parser: argparse.ArgumentParser, text: bool = False, samples: bool = True) -> None:
-    """text: prompts have to be given; samples: there may be several pictures of one condition."""
+def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
+    """samples: there may be several pictures of one condition."""
     model_arguments(parser)
-    conditions.arguments(parser, text)
+    conditions.arguments(parser)
+    parser.add_argument("--from-image", metavar="PNG", help="draw this picture again; other arguments change it")
     parser.add_argument("--outdir", required=True, metavar="D", help="folder for 00000.png, 00001.png ...")
     if samples:
         parser.add_argument("--n-samples", type=positive, default=1, metavar="N", help="pictures of each condition (1)")
@@ -188,8 +189,8 @@ def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
         from ldm.load import load_classifier
 
         classifier = load_classifier(args.classifier, ema=not args.no_ema, device=bundle.device, trust=args.trust)
-        scale = 1.0 if args.classifier_scale is None else args.classifier_scale
-        options["guide"] = by_classifier(classifier, scale, bundle.denoiser.process, bundle.autoencoder)
+        args.classifier_scale = 1.0 if args.classifier_scale is None else args.classifier_scale
+        options["guide"] = by_classifier(classifier, args.classifier_scale, bundle.denoiser.process, bundle.autoencoder)
     elif args.classifier_scale is not None:
         raise UserError("--classifier-scale: give --classifier too")
     return options
@@ -212,7 +213,7 @@ def about_of(args: argparse.Namespace, task: Task, chosen: dict, frame: Frame) -
         from ldm.load import find
 
         file = find(Path(args.classifier))
-        extra["classifier"] = {"path": str(file), "sha256": file_sha256(file), "scale": args.classifier_scale or 1.0}
+        extra["classifier"] = {"path": str(file), "sha256": file_sha256(file), "scale": args.classifier_scale}
     return {"negative_prompt": args.negative_prompt, "sampler": chosen["sampler"], "steps": chosen["steps"],
             "times": chosen["times"], "scale": guidance["scale"], **({"guidance": guidance} if len(guidance) > 1 else {}),
             "size": list(frame.size), **{name: value for name, value in extra.items() if value is not None}}  # fmt: skip

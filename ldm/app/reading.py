@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -52,18 +53,21 @@ def read(bundle: Bundle, wants: dict[str, Want], given: Mapping[str, Sequence[st
         frame = framed(bundle, inner[0] + top + bottom, inner[1] + left + right, fit, step)
     except UserError as error:
         raise UserError(f"{error}; --fit pad draws the next larger size and cuts out its middle") from error
-    rows, n = [], max(map(len, given.values()), default=1)
+    rows, n, known, sha256 = [], max(map(len, given.values()), default=1), {}, cache(file_sha256)
     for i in range(n):
         texts = {key: each[i if len(each) > 1 else 0] for key, each in given.items()}
         values: dict[str, Any] = {}
         for key, text in texts.items():
-            values |= value_of(bundle, wants[key], text, [side // (per[key] or 1) for side in inner], texts)
+            place = (key, text, texts.get("image") if wants[key].kind == "mask" else None)
+            if place not in known:
+                known[place] = value_of(bundle, wants[key], text, [side // (per[key] or 1) for side in inner], texts)
+            values |= known[place]
         if any(margins):
             image, mask = expanded(values["image"][None], *margins, values["mask"][None] if "mask" in values else None)
             values |= {"image": image[0], "mask": mask[0]}
         for key in (key for key in values if per.get(key)):
             values[key] = frame.pad(values[key], per[key])
-        rows.append(Row(values, said_of(wants, texts)))
+        rows.append(Row(values, said_of(wants, texts, sha256)))
     return rows, frame
 
 
@@ -116,13 +120,13 @@ def value_of(bundle: Bundle, want: Want, text: str, size: Sequence[int], texts: 
     return {key: pictures.picture(text, want.size, own, trained_on(bundle)["value_range"])}
 
 
-def said_of(wants: dict[str, Want], texts: dict[str, str]) -> dict[str, Any]:
-    """What a picture says of its conditions."""
+def said_of(wants: dict[str, Want], texts: dict[str, str], sha256: Callable[[str], str]) -> dict[str, Any]:
+    """What a picture says of its conditions. sha256: of a file."""
     said: dict[str, Any] = {"prompt": texts["caption"]} if "caption" in texts else {}
     plain, files = {}, {}
     for key, text in texts.items():
         if wants[key].kind not in PLAIN:
-            files[key] = {"path": text, "sha256": file_sha256(text)}
+            files[key] = {"path": text, "sha256": sha256(text)}
         elif key != "caption":
             kind = int if wants[key].kind == "class" else float
             found = numbers(text, flag_of(key), kind)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from ldm.app import drawing
-from ldm.app.generate import run
+from ldm.app import generate
+from ldm.common.files import UserError
 
 SUMMARY = "Draw pictures from prompts."
 
-__all__ = ["SUMMARY", "arguments", "run"]
+arguments = generate.arguments
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    drawing.arguments(parser, text=True)
+def run(args: argparse.Namespace) -> None:
+    if not (args.prompt or args.prompts_file or args.from_image):
+        raise UserError("one of the arguments --prompt --prompts-file --from-image is required; see txt2img --help")
+    generate.run(args)

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from drawn import fails, levels, picture, random_model, run, same
+from drawn import fails, levels, picture, run, same
 from PIL import Image
+from random_models import random_model
 
 from ldm.app import png
 from ldm.load import load
@@ -203,3 +204,32 @@ def test_interpolate_between_classes_and_pictures(model, tmp_path):
     ends = [run("img2img", ckpt, tmp_path / f"p{c}", "--class", c, "--image", tmp_path / f"{n}.png", "--strength", 0.5)[0] for c, n in ((1, "a"), (4, "b"))]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(found[::2], ends, strict=True))
     assert same(again("interpolate", ckpt, tmp_path / "p", 1), found[1:2])
+
+
+def test_a_classifier_guides(model, bundle, tmp_path, capsys):
+    """Towards a class that the model itself does not read; drawn again with the same file, which is asked for if it is gone."""
+    from ldm.classifier import build_classifier, by_classifier
+
+    network = {"target": "ldm.networks.classifier.Classifier", "params": {
+        "classes": 2, "model_channels": 16, "channel_mult": [1], "num_res_blocks": 1, "transformer_depth": [0], "head_channels": 16,
+        "pool": "adaptive"}}  # fmt: skip
+    ckpt = model(None)
+    drawn = load(ckpt)
+    torch.manual_seed(0)
+    classifier = build_classifier(network, {"target": "ldm.process.RectifiedFlow"}, drawn.autoencoder, [32, 32]).eval()
+    for value in classifier.parameters():
+        torch.nn.init.normal_(value, std=0.3)
+    about = {"kind": "classifier", **classifier.about, "autoencoder_hash": drawn.autoencoder.content_hash()}
+    weights = {f"model.classifier.{name}": value for name, value in classifier.state_dict().items()}
+    torch.save({"state_dict": weights, "ldm": about}, tmp_path / "classifier.ckpt")
+    given = ["--classifier", tmp_path / "classifier.ckpt", "--class", 1, "--sampler", "euler", "--times", "0.9,0.6,0.3,0"]
+    found = run("generate", ckpt, tmp_path / "a", *given, "--classifier-scale", 5)
+    guide = by_classifier(classifier, 5.0, drawn.denoiser.process, drawn.autoencoder)
+    made = drawn.generate({"class": [1]}, guide=guide, sampler="euler", times=[0.9, 0.6, 0.3, 0])
+    assert same(found, levels(made)) and not same(found, run("generate", ckpt, tmp_path / "b", *given, "--classifier-scale", 0))
+    assert png.read(tmp_path / "a" / "00000.png")["classifier"]["scale"] == 5.0
+    assert same(again("generate", ckpt, tmp_path / "a"), found)
+    assert "give --class (a class, which --classifier guides towards)" in fails(capsys, "generate", "--ckpt", ckpt, "--outdir", tmp_path / "c", *given[:2])
+    (tmp_path / "classifier.ckpt").unlink()
+    told = fails(capsys, "generate", "--ckpt", ckpt, "--outdir", tmp_path / "c", "--from-image", tmp_path / "a" / "00000.png")
+    assert "classifier.ckpt" in told and "is not there; give it with --classifier" in told

@@ -4,8 +4,9 @@ import copy
 
 import numpy as np
 import pytest
-from drawn import fails, mask, picture, random_model, run, same
+from drawn import fails, mask, picture, run, same
 from PIL import Image
+from random_models import random_model
 
 from ldm.app import png
 

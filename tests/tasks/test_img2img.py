@@ -3,6 +3,7 @@
 import pytest
 import torch
 from exact import MEANS, STD, classes, exact, pictures
+from random_models import random_model
 
 from ldm import edit, tasks
 from ldm.common.files import UserError
@@ -82,3 +83,18 @@ def test_mistakes(bundle):
         edit.shortened(linear(bundle.denoiser.process, 4), 0.0)
     with pytest.raises(ValueError, match="factor"):
         tasks.img2img(bundle, pictures(1, 33, 32))
+
+
+@pytest.mark.parametrize(("process", "parameterization"), [
+    ({"target": "ldm.process.DDPM"}, "noise"), ({"target": "ldm.process.DDPM", "params": {"zero_terminal": True}}, "v"),
+    ({"target": "ldm.process.EDM"}, {"target": "ldm.parameterization.Preconditioned"}), ({"target": "ldm.process.Cosine"}, "v")])
+def test_on_every_kind_of_process(model_config, process, parameterization):
+    made = random_model(model_config, model_config["model"]["params"]["conditioner"], process=process, parameterization=parameterization)
+    x, options = pictures(1, 32, 32), {"steps": 5, "sampler": "ddim", "seed": 2}
+    rebuilt = made.decode(made.encode(x))
+    assert torch.equal(tasks.img2img(made, x, "red", strength=0, **options), rebuilt)
+    assert torch.equal(tasks.img2img(made, x, "red", strength=1, **options), made.generate(["red"], **options))
+    way = [float((tasks.img2img(made, x, "red", strength=s, **options) - rebuilt).abs().mean()) for s in (5e-4, 0.5)]
+    assert way[0] < 0.5 * way[1]
+    found = tasks.interpolate(made, "red", "blue", [0, 1], seeds=(1, 2), **{"steps": 3, "sampler": "ddpm"})
+    torch.testing.assert_close(found[1:], made.generate(["blue"], seed=2, steps=3, sampler="ddpm"), atol=1e-4, rtol=0)
