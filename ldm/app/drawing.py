@@ -7,36 +7,32 @@ before anything is written, and draws batch by batch; each file is there as soon
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.app import conditions, png
-from ldm.app.conditions import unchanged
+from ldm.app.again import READING, about_of, facts_of, merged, recalled, warn_of_differences
 from ldm.app.models import (
     enough_memory,
     load_model,
     model_arguments,
     positive,
-    precision_name,
     sampling_arguments,
     sampling_of,
 )
 from ldm.app.png import SHEET, SHOWN, check_free
-from ldm.common.files import UserError, file_sha256
+from ldm.app.reading import Row, read, stacked
+from ldm.common.files import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldm.app.reading import Row
     from ldm.bundle import Bundle
     from ldm.conditioners.wants import Want
     from ldm.tasks import Frame
 
-log = logging.getLogger(__name__)
-READING = ("prompt_weights", "long")
 PREVIEW, PREVIEWED, SMALL = "preview.png", 4, 256  # the first pictures of a batch beside one another, at most so high
 Make = Callable[[dict, dict], "Tensor"]  # (rows of a batch, options of Bundle.generate) -> pictures
 
@@ -114,8 +110,6 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview_every)
     check_free([*files, *extra], args.overwrite)
     bundle = load_model(args)
-    from ldm.app.reading import read
-
     wants = conditions.wanted(bundle, [*task.wants(args, bundle), *guiding(args)], given, task.text)
     if "caption" in wants:
         given.setdefault("caption", [""])
@@ -135,40 +129,6 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     if len(files) > 1:
         print(f"{'all' if len(files) <= SHOWN else f'the first {SHOWN}'} on {folder / SHEET}")
     return files
-
-
-def recalled(args: argparse.Namespace, task: Task) -> dict:
-    """The metadata of --from-image, {} without; arguments that are not given are filled in from it, or by their defaults."""
-    old = png.read(args.from_image) if args.from_image else {}
-    if old and ("seed" not in old or "prompts" in old):
-        raise UserError(f"{args.from_image}: its metadata is not that of one drawn picture; was it drawn by this program?")
-    if old and old.get("task", "") != task.name:
-        raise UserError(f"{args.from_image}: `python -m ldm {old.get('task') or 'generate'}` has drawn it, and draws it again")
-    same = ("precision", "autoencoder_precision", "tile", "window", "fit", "negative_prompt", *READING, *task.options)
-    for name in same:
-        if getattr(args, name) is None:
-            setattr(args, name, old.get(name))
-    args.seed = old.get("seed", 0) if args.seed is None else args.seed
-    if args.height is None and old.get("size"):
-        left, top, right, bottom = old.get("expand") or (0, 0, 0, 0)
-        args.height, args.width = old["size"][0] - top - bottom, old["size"][1] - left - right
-    if args.classifier is None and "classifier" in old:
-        args.classifier = unchanged(old["classifier"], args.from_image, "--classifier")
-        args.classifier_scale = old["classifier"]["scale"] if args.classifier_scale is None else args.classifier_scale
-    for name, value in task.options.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return old
-
-
-def merged(args: argparse.Namespace, settings: dict, old: dict) -> dict:
-    """What sampling_of gives, over what a picture was drawn with."""
-    if not old:
-        return settings
-    guidance = old.get("guidance") or {"scale": old.get("scale")}
-    steps = None if isinstance(settings["times"], list) else old.get("steps")  # a list of times says how many
-    found = {key: old.get(key) if value is None else value for key, value in (settings | {"steps": None}).items()}
-    return found | {"steps": args.steps or steps, "guidance": guidance | (settings["guidance"] or {})}
 
 
 def guiding(args: argparse.Namespace) -> Sequence[Want]:
@@ -196,44 +156,12 @@ def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
     return options
 
 
-def facts_of(bundle: Bundle, batch_size: int, tile: int | None) -> dict:
-    """What the pixels depend on beside what was asked for."""
-    from ldm.bundle import versions
-
-    return {"model": bundle.content_hash(), "precision": precision_name(bundle),
-            "autoencoder_precision": precision_name(bundle, "autoencoder"), "batch_size": batch_size, "tile": tile,
-            "versions": versions()}  # fmt: skip
-
-
-def about_of(args: argparse.Namespace, task: Task, chosen: dict, frame: Frame) -> dict:
-    """What was asked for: what all pictures of a run say."""
-    guidance = {name: value for name, value in chosen["guidance"].items() if value is not None}
-    extra = {name: getattr(args, name) for name in (*READING, "window", "fit", *task.options)}
-    if args.classifier:
-        from ldm.load import find
-
-        file = find(Path(args.classifier))
-        extra["classifier"] = {"path": str(file), "sha256": file_sha256(file), "scale": args.classifier_scale}
-    return {"negative_prompt": args.negative_prompt, "sampler": chosen["sampler"], "steps": chosen["steps"],
-            "times": chosen["times"], "scale": guidance["scale"], **({"guidance": guidance} if len(guidance) > 1 else {}),
-            "size": list(frame.size), **{name: value for name, value in extra.items() if value is not None}}  # fmt: skip
-
-
-def warn_of_differences(image: str, facts: dict) -> None:
-    """What keeps a picture from being drawn again exactly."""
-    old = png.read(image)
-    for key, value in facts.items():
-        if key in old and old[key] != value:
-            log.warning("%s was made with %s %s, now it is %s: the picture may differ", image, key, old[key], value)
-
-
 def draw(args: argparse.Namespace, bundle: Bundle, files: list[Path], rows: list[Row], make: Make, options: dict, about: dict,
          steps: int) -> None:
     """Writes the pictures, and a sheet of them all. steps: of the network for one batch."""
     import torch
     from tqdm import tqdm
 
-    from ldm.app.reading import stacked
     from ldm.callbacks.sheet import sheet, to_image
 
     shown, captions = [], [caption(row.said) for row in rows]

@@ -69,6 +69,12 @@ def test_nothing(model, tmp_path):
     found = run("generate", ckpt, tmp_path / "a", "--n-samples", 3)
     assert same(found, levels(load(ckpt).generate(3, batch_size=1)))
     assert same(again("generate", ckpt, tmp_path / "a", 1), found[1:2])
+    way = run("interpolate", ckpt, tmp_path / "b", "--frames", 2, "--seed", 1)
+    assert same(way, found[1:])
+    picture(tmp_path / "p.png", 32, 32)
+    given = ["--image", tmp_path / "p.png", "--strength"]
+    assert same(run("img2img", ckpt, tmp_path / "c", *given, 1), found[:1])
+    assert run("variations", ckpt, tmp_path / "d", *given, 0.5)[0].shape == (32, 32, 3)
 
 
 def test_maps_of_classes(model, tmp_path, capsys):
