@@ -17,7 +17,7 @@ from ldm.app import terminal
 from ldm.common.files import UserError, nearest
 
 COMMANDS = ("txt2img", "generate", "img2img", "inpaint", "upscale", "interpolate", "variations", "edit", "reconstruct", "evaluate",
-            "check-autoencoder", "compare-autoencoders", "average", "data", "info")
+            "check-autoencoder", "compare-autoencoders", "average", "convert", "data", "info")
 
 
 class Parser(argparse.ArgumentParser):

@@ -32,7 +32,7 @@ from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
 from ldm.edit import Sampler
 from ldm.guidance import BOUNDS, batched, cfg, clip, on_channels, rescale, within
 from ldm.parameterization import Denoise, Prediction
-from ldm.process import RectifiedFlow
+from ldm.process import RectifiedFlow, steps_of
 from ldm.samplers import SAMPLERS, Callback
 from ldm.times import make_times
 from ldm.windows import Windows
@@ -62,7 +62,6 @@ class Bundle(nn.Module):
         self.config, self.about = config, about or {}
         self.sampling = DEFAULTS | {key: value for key, value in (sampling or {}).items() if value is not None}
         self._checked = self._warned = False
-        self._channels_last()
 
     @classmethod
     def from_config(cls, config: Mapping, *, sampling: dict | None = None, about: dict | None = None,
@@ -95,11 +94,11 @@ class Bundle(nn.Module):
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
-        self._channels_last()
         return self
 
-    def _channels_last(self) -> None:
-        """Convolutions are faster so without gradients; with them it depends, so that training an autoencoder does without."""
+    def lay_out(self) -> None:
+        """Weights of convolutions channels-last, which are faster so without gradients. Those that were mapped from a file are
+        copied, which is why loading leaves them; whoever draws calls it."""
         for part in (self.autoencoder, self.denoiser):
             if part is not None:
                 part.to(memory_format=torch.channels_last)
@@ -180,7 +179,7 @@ class Bundle(nn.Module):
             x_T: (B,C,h,w) what sampling starts from, in place of noise.
             times: a name in TIMES, {"name": "karras", "rho": 5}, or decreasing times (N+1,) of the process: as they are
                 without ``steps``, else brought to that number (see ``ldm.times.make_times``).
-            callback: called as callback(step, t, x, prediction) at every step of every batch.
+            callback: called as callback(step, t, x, prediction) at every step of every batch; see ``preview``.
             negative_prompt: what guidance leads away from, one text or one for each picture; None: the empty condition.
             batch_size: pictures at a time; None: all.
             indices: numbers of the pictures; None: 0, 1, 2 ...
@@ -200,6 +199,7 @@ class Bundle(nn.Module):
         if self.denoiser is None:
             raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
                             "give the checkpoint of a diffusion model (stage 2)")
+        self.lay_out()
         batch, n = as_batch(prompts)
         plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
         sampler, guidance = plan["sampler"], plan["guidance"]
@@ -235,7 +235,7 @@ class Bundle(nn.Module):
 
     def start_std(self, times: Tensor) -> float:
         """Standard deviation of what sampling over these times starts from."""
-        alpha, sigma = (float(c) for c in self.denoiser.process.exact(times[0].double()))
+        alpha, sigma = (float(c) for c in self.denoiser.process.exact(steps_of(times)[0, 0]))
         return {None: math.hypot(alpha, sigma), "noise": sigma}.get(start := self.sampling.get("start"), start)
 
     def plan(self, *, sampler: Spec | Callable | None = None, steps: int | None = None,
@@ -244,7 +244,7 @@ class Bundle(nn.Module):
         asked = {"sampler": sampler, "steps": steps, "times": times}
         plan = {key: self.sampling[key] if value is None else value for key, value in asked.items()}
         if not isinstance(plan["times"], (str, Mapping)) and (steps is None and times is not None):
-            plan["steps"] = len(times) - 1
+            plan["steps"] = len(steps_of(torch.as_tensor(times)))
         if not isinstance(plan["steps"], int) or plan["steps"] < 1:
             raise UserError(f"steps: {plan['steps']}; it takes a whole number from 1")
         said = [{} if each is None or each is ... else each if isinstance(each, Mapping) else {"scale": float(each)}
@@ -285,15 +285,21 @@ class Bundle(nn.Module):
 
         return in_precision
 
+    def preview(self, guess: Prediction, tile: int | None = None) -> Tensor:
+        """For a ``callback`` of ``generate``: the pictures (B,3,H,W) that the network believes in by then."""
+        return self.decode(guess.x0, tile)
+
     @torch.no_grad()
     def encode(self, x: Tensor, tile: int | None = None) -> Tensor:  # (B,3,H,W) in [-1,1] -> (B,C,h,w)
         """The latents of pictures, the mode, a few at a time; on the model's device."""
+        self.lay_out()
         rows = max(1, DECODED // (x.shape[2] * x.shape[3]))
         return torch.cat([self.autoencoder.encode(part.to(self.device), tile=tile) for part in x.split(rows)])
 
     @torch.no_grad()
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
         """The pictures of latents, a few at a time."""
+        self.lay_out()
         rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))
         return torch.cat([self.autoencoder.decode(part, tile) for part in z.split(rows)]).clamp(-1, 1)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.common.build import Block, build, is_block
+from ldm.common.weights import is_meta
 from ldm.cond import Cond
 from ldm.parameterization import MOVING, PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
 from ldm.process import Process, in_double
@@ -144,4 +145,5 @@ def build_denoiser(network: Block, process: Process, parameterization: str | Blo
     if is_block(parameterization):
         parameterization = build(parameterization, allowed=allowed)
     with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
-        return Denoiser(network.to(memory_format=torch.channels_last), process, parameterization, variance, self_conditioning)
+        network = network if is_meta(network) else network.to(memory_format=torch.channels_last)
+        return Denoiser(network, process, parameterization, variance, self_conditioning)

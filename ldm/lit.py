@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
+from ldm.adapters import Lora, adapt, adapters, problems
 from ldm.classifier import NoisyClassifier, build_classifier, cross_entropy
 from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
@@ -128,6 +129,7 @@ class DiffusionModule(OnLatents):
             anew; "force" measures nothing and warns in place of refusing.
         ema_decay: of the averaged weights that sampling uses, a number or a profile (``ldm.common.ema``); None keeps none.
         snapshots: averages that are saved along the way, for others of any width after the fact.
+        lora: train low-rank changes of a given model alone (``ldm.adapters.Lora``); checkpoints then hold nothing else.
     """
 
     kind = "diffusion"
@@ -148,18 +150,33 @@ class DiffusionModule(OnLatents):
                  schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
                  statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
-                 seed: int = 23, sampling: dict | None = None):
+                 lora: Lora | None = None, seed: int = 23, sampling: dict | None = None):
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
                                   variance=variance, self_conditioning=self_conditioning)
-        model = {"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner})
+        model = nn.ModuleDict({"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner}))
+        if lora is not None:
+            adapt(model, lora)
         super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
         self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
         self.loss.attach(denoiser.process, variance)
-        self.sampling = dict(sampling or {})
+        self.sampling, self.lora = dict(sampling or {}), lora
+        self.strict_loading = lora is None
 
     @property
     def trained(self) -> nn.Module:
         return nn.ModuleDict({"model": self.model, "loss": self.loss})
+
+    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state dict checkpoints hold: all, or of a LoRA training what is trained, and its averages."""
+        if self.lora is None:
+            return state
+        whole = ("autoencoder", "model", "ema", "averages")
+        own = {key: value for key, value in state.items() if key.split(".")[0] not in whole or key.endswith(".updates")}
+        return adapters(state) | own
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = self.kept(checkpoint["state_dict"])
 
     @property
     def conditioner(self) -> nn.Module | None:
@@ -286,7 +303,8 @@ def _check_params(params: dict, path: str) -> list[str]:
             return [f"{path}.{name}: {error}"]
     process, parameterization = parts["process"] or RectifiedFlow(), parts["parameterization"]
     variance = params.get("variance", "fixed")
-    return [*(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
+    return [*(f"{path}.lora.{problem}" for problem in problems(params.get("lora") or {})),
+            *(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
             *(f"{path}.{problem}" for problem in misfits(process, variance, parts["density"], parts["uncertainty"],
                                                          parts["variational"]))]  # fmt: skip
 

@@ -41,7 +41,7 @@ PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
-    r"lora": "a LoRA, which changes another model and is none by itself",
+    "lora": "a LoRA, which changes another model and is none by itself",
     r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
@@ -60,6 +60,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     step: int | None = None
     foreign: bool = False  # written by another program; names and config are ours nevertheless
+    planned: Bundle | None = None  # the model without weights, where the reader had to make it
 
     @property
     def has_ema(self) -> bool:
@@ -103,7 +104,7 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         _warn_of_differences(found, config)
     about = found.about
     try:
-        bundle = Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
+        bundle = found.planned or Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
     except ValueError as error:
         raise UserError(f"{found.path}: the model that its config describes cannot be built: {error}") from error
     bundle.assign(found.weights(ema), origin=str(found.path))
@@ -112,9 +113,10 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
     device = torch.device(device)
     for part in [bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]:
-        if part is not None:
-            part.to(dtype=dtype or _usable(part, device, found.path))
-    return bundle.to(device)
+        wanted = dtype or (part and _usable(part, device, found.path))
+        if part is not None and wanted:
+            part.to(dtype=wanted)
+    return bundle if device.type == "cpu" else bundle.to(device)
 
 
 def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
@@ -129,7 +131,8 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
     """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
     folder = Path(path).expanduser()
     if diffusers_pipelines.holds(folder):
-        return Checkpoint(folder, *diffusers_pipelines.read(folder), foreign=True)
+        about, tensors, planned = diffusers_pipelines.planned(folder)
+        return Checkpoint(folder, about, tensors, foreign=True, planned=planned)
     file, about, tensors, step = _contents(path)
     if about is None:
         reader = _reader(tensors)
@@ -137,10 +140,21 @@ def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkp
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
         tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
         given = _given(config, file, reader)
+        if reader is compvis_models:
+            about, tensors, planned = reader.planned(tensors, given, str(file))
+            return Checkpoint(file, about, tensors, step, foreign=True, planned=planned)
         return Checkpoint(file, *reader.read(tensors, given, str(file)), step, foreign=True)
+    if about.get("kind") == "lora":
+        raise UserError(f"{file}: this is {FOREIGN['lora']}: give the model as --ckpt, this as --lora")
     if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
+
+
+def kind(path: str | Path) -> str:
+    """What a checkpoint holds: "diffusion", "autoencoder", "classifier", or "lora", which is no model by itself."""
+    about = None if diffusers_pipelines.holds(Path(path).expanduser()) else _contents(path)[1]
+    return "lora" if (about or {}).get("kind") == "lora" else read(path).about["kind"]
 
 
 def _given(config: str | Path | Mapping | None, file: Path, reader: ModuleType) -> dict | None:

@@ -113,7 +113,7 @@ class VLB(Weight):
 
     def at(self, process: Process, t: Tensor) -> Weight:
         exact = t.detach().cpu().double()
-        return _Given((_bound(process, exact) * process.exact(exact)[0].square()))
+        return _Given(_bound(process, exact) * process.exact(exact)[0].square())
 
 
 class Velocity(Weight):

@@ -32,7 +32,7 @@ def recalled(args: argparse.Namespace, task: Task) -> dict:
     for name in (*KEPT, *task.options):
         if getattr(args, name) is None:
             setattr(args, name, old.get(name))
-    args.seed = old.get("seed", 0) if args.seed is None else args.seed
+    args.seed, args.lora = old.get("seed", 0) if args.seed is None else args.seed, args.lora or old.get("lora") or []
     if args.height is None and old.get("size"):
         left, top, right, bottom = old.get("expand") or (0, 0, 0, 0)
         args.height, args.width = old["size"][0] - top - bottom, old["size"][1] - left - right
@@ -68,13 +68,13 @@ def merged(args: argparse.Namespace, settings: dict, old: dict) -> dict:
     return found | {"steps": args.steps or steps, "guidance": guidance | (settings["guidance"] or {})}
 
 
-def facts_of(bundle: Bundle, batch_size: int, tile: int | None) -> dict:
+def facts_of(bundle: Bundle, batch_size: int, tile: int | None, lora: list[str]) -> dict:
     """What the pixels depend on beside what was asked for."""
     from ldm.bundle import versions
 
     return {"model": bundle.content_hash(), "precision": precision_name(bundle),
             "autoencoder_precision": precision_name(bundle, "autoencoder"), "batch_size": batch_size, "tile": tile,
-            "versions": versions()}  # fmt: skip
+            "versions": versions(), **({"lora": lora} if lora else {})}  # fmt: skip
 
 
 def about_of(args: argparse.Namespace, task: Task, chosen: dict, frame: Frame) -> dict:

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     from ldm.bundle import Bundle
     from ldm.conditioners.wants import Want
+    from ldm.parameterization import Prediction
     from ldm.tasks import Frame
 
-PREVIEW, PREVIEWED, SMALL = "preview.png", 4, 256  # the first pictures of a batch beside one another, at most so high
+PREVIEW, SMALL = "preview.png", 256  # the batch that is being drawn; pixels, the largest side of its pictures there
 Make = Callable[[dict, dict], "Tensor"]  # (rows of a batch, options of Bundle.generate) -> pictures
 
 
@@ -91,7 +92,8 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
                         help="encode and decode large pictures by tiles of that side, with less memory (256); default: at once")
     parser.add_argument("--window", type=positive, metavar="PIXELS",
                         help="the network sees large pictures through overlapping windows of that side; default: at once")
-    parser.add_argument("--preview-every", type=positive, metavar="N", help=f"every N steps, what is guessed so far: {PREVIEW}")
+    parser.add_argument("--preview", "--preview-every", type=positive, metavar="N",
+                        help=f"every N steps write {PREVIEW} to the folder: what the network believes of the pictures by then")
     parser.add_argument("--no-metadata", action="store_true", help="keep prompts and settings out of the files")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
@@ -107,7 +109,7 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     n = max(map(len, given.values()), default=1)
     folder = Path(args.outdir)
     files = [folder / f"{i:05d}.png" for i in range(task.count(args, n))]
-    extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview_every)
+    extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview)
     check_free([*files, *extra], args.overwrite)
     bundle = load_model(args)
     wants = conditions.wanted(bundle, [*task.wants(args, bundle), *guiding(args)], given, task.text)
@@ -119,7 +121,7 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     rows, frame = read(bundle, wants, given, size, args.fit or "error", getattr(args, "expand", None) or (0, 0, 0, 0))
     rows, make = task.plan(args, bundle, rows, frame)
     chosen, options = bundle.plan(**settings), options_of(args, bundle)
-    facts = facts_of(bundle, args.batch_size, args.tile)
+    facts = facts_of(bundle, args.batch_size, args.tile, args.lora)
     if args.from_image:
         warn_of_differences(args.from_image, facts)
     about = {**({"task": task.name} if task.name else {}), **about_of(args, task, chosen, frame), **facts}
@@ -168,7 +170,7 @@ def draw(args: argparse.Namespace, bundle: Bundle, files: list[Path], rows: list
     batches = [range(len(files))[start : start + args.batch_size] for start in range(0, len(files), args.batch_size)]
     with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=None) as bar:
         for batch in batches:
-            watch = Watch(bar, bundle, files[0].parent / PREVIEW, args.preview_every, args.tile)
+            watch = Watch(bar, bundle, files[0].parent / PREVIEW, args.preview, args.tile)
             pictures = make(stacked([rows[i].values for i in batch]),
                             {**options, "seed": args.seed, "indices": batch, "callback": watch})  # fmt: skip
             for i, picture in zip(batch, pictures.cpu(), strict=True):
@@ -183,21 +185,22 @@ def draw(args: argparse.Namespace, bundle: Bundle, files: list[Path], rows: list
 
 
 class Watch:
-    """What sampling calls at every step: it moves a progress bar and, every so many steps, writes what is guessed so far."""
+    """What sampling calls at every step: it moves a progress bar and, every so many steps, writes what is believed by then."""
 
     def __init__(self, bar: Any, bundle: Bundle, file: Path, every: int | None, tile: int | None):
-        self.bar, self.bundle, self.file, self.every, self.tile, self.calls = bar, bundle, file, every, tile, 0
+        self.bar, self.bundle, self.file, self.every, self.tile = bar, bundle, file, every, tile
 
-    def __call__(self, step: int, t: float, x: Tensor, guess: Any) -> None:
-        from ldm.callbacks.sheet import to_image
+    def __call__(self, step: int, t: float, x: Tensor, guess: Prediction) -> None:
+        from torch.nn.functional import interpolate
+
+        from ldm.callbacks.sheet import sheet
 
         self.bar.update()
-        self.calls += 1
-        if self.every and self.calls % self.every == 0:
-            beside = self.bundle.decode(guess.x0[:PREVIEWED], self.tile).movedim(0, 2).flatten(2)  # (C,H,B W)
-            image = to_image(beside)
-            image.thumbnail((image.width, SMALL))
-            png.write(self.file, image, None)
+        if self.every and step % self.every == 0:
+            pictures = self.bundle.preview(guess, self.tile).cpu()
+            share = SMALL / max(pictures.shape[2:])
+            pictures = interpolate(pictures, scale_factor=share, mode="bilinear", antialias=True) if share < 1 else pictures
+            png.write(self.file, sheet(pictures, [f"step {step}"] * len(pictures)), None)
 
 
 def caption(said: dict) -> str:

@@ -56,8 +56,8 @@ def closing(stage: Stage, checkpoint: Path) -> list[str]:
     lines = [f"{name + ':':16} {path}" for name, path in shown.items() if path.exists()]
     command = f"python -m ldm info {checkpoint}"
     if stage.kind == "diffusion":
-        task, given = example(stage)
-        command = f"python -m ldm {task} --ckpt {checkpoint} {given} --outdir out"
+        model, (task, given) = f"{stage.init_from} --lora {run}" if stage.lora else checkpoint, example(stage)
+        command = f"python -m ldm {task} --ckpt {model} {given} --outdir out"
     return [*lines, f"{'try next:':16} {command}"]
 
 

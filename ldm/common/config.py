@@ -126,6 +126,7 @@ class Config:
     logging: dict | None = None
     checkpoint: dict | None = None
     trainer: dict | None = None
+    init_from: str | None = None
 
 
 def load(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> DictConfig:

@@ -16,9 +16,22 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.build import near
 from ldm.common.files import UserError
-from ldm.interop import component, diffusers, diffusers_unet, schedulers, text_folders, text_names, unet_names
-from ldm.interop.compvis_conditions import CLASSES, GUIDED, Part, joined
+from ldm.conditioners.vocabulary import Vocabulary
+from ldm.conditioners.vocabulary import find as find_tokenizer
+from ldm.interop import (
+    component,
+    diffusers,
+    diffusers_unet,
+    dit_diffusers,
+    names,
+    schedulers,
+    text_folders,
+    text_names,
+    unet_names,
+)
+from ldm.interop.compvis_conditions import CLASSES, DROPOUT, GUIDED, Part, joined
 from ldm.interop.folding import unfolded
+from ldm.interop.foreign import autoencoder_rows
 from ldm.interop.rows import Row, check, existing, inside, pair, to_us
 
 INDEX, KEPT = "model_index.json", "ldm.safetensors"  # the second: what our own export changed
@@ -26,7 +39,6 @@ SKIPPED = ("safety_checker", "feature_extractor", "image_encoder", "watermark", 
            "tokenizer_2", "scheduler", "low_res_scheduler", "image_noising_scheduler", "image_normalizer", "unet", "vae",
            "vqvae", "text_encoder", "text_encoder_2", "bert", "depth_estimator")  # fmt: skip
 STEPS = 50  # where nothing else is asked for, as the pipelines there
-DROPOUT = 0.1  # of captions, in the training of published models
 
 
 class Loaded(NamedTuple):
@@ -58,22 +70,31 @@ def holds(path: Path) -> bool:
 
 
 def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """-> what a checkpoint of ours would say of this model, and its weights by the names of a Bundle.
+    """-> what a checkpoint of ours would say of this model, and its weights by the names of a Bundle."""
+    return planned(path)[:2]
+
+
+def planned(path: Path) -> tuple[dict, dict[str, Tensor], Bundle | None]:
+    """-> what a checkpoint of ours would say of this model; its weights by the names of a Bundle; the Bundle without weights, if
+    one was made.
 
     Raises:
         UserError: for parts that are missing, damaged, or have no counterpart here.
     """
     index = component.read_json(path / INDEX)
+    if isinstance(index.get("transformer"), (list, tuple)) and index["transformer"][1] in dit_diffusers.NAMES:
+        return *_transformer(Folder(path, index, {}, diffusers_unet.Sizes(0, 0))), None
     if not isinstance(index.get("unet"), (list, tuple)):
-        raise UserError(f"{path}: a pipeline of diffusers without a unet ({index.get('_class_name')}); read are those with one")
+        raise UserError(f"{path}: a pipeline of diffusers without a unet ({index.get('_class_name')}); read are those with one, and "
+                        "DiT's")
     unknown = [name for name, said in index.items() if isinstance(said, (list, tuple)) and said[0] and name not in SKIPPED]
     if unknown:
         raise UserError(f"{path / INDEX}: parts that are not known here: {', '.join(unknown)}{near(unknown[0], SKIPPED)}")
     unet, tensors = component.read(path / "unet")
     network, sizes = diffusers_unet.block_of(unet, str(path / "unet" / component.CONFIG))
     folder = Folder(path, index, unet, sizes)
-    conditions = _conditions(folder)
-    autoencoder, found = _autoencoder(folder)
+    conditions, found = _conditions(folder), {}
+    autoencoder, vae, latents = _autoencoder(folder)
     schedule = schedulers.read(folder.config("scheduler", "scheduler_config.json"), str(path / "scheduler"), STEPS)
     params = {"network": network, "process": schedule.process, "parameterization": schedule.parameterization,
               "variance": schedule.variance, "optimizer": {"target": "torch.optim.AdamW", "params": {"lr": 1e-4}}}  # fmt: skip
@@ -89,13 +110,36 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         at = "conditioner." if len(conditions) == 1 else f"conditioner.parts.{i}."
         rows += inside(each.part.rows, at)
         found |= {at + name: value for name, value in each.weights.items()}
-    rows = existing(rows, expected)
-    mine = to_us(rows, tensors)
-    check(rows, tensors, {name: value for name, value in expected.items() if name.startswith("denoiser.")}, mine, f"{path}/unet")
-    found |= mine
+    encoding = inside(autoencoder_rows(autoencoder, "diffusers"), "autoencoder.")
+    for part, table, given in (("denoiser", rows, tensors), ("autoencoder", encoding, vae)):
+        wanted = {name: value for name, value in expected.items() if name.startswith(f"{part}.") and not statistic(name)}
+        table = existing(table, expected)
+        mine = to_us(table, given)
+        check(table, given, wanted, mine, f"{path}: {part}")
+        found |= mine if part == "denoiser" else {name: value.float() for name, value in mine.items()}
+    found |= {f"autoencoder.{name}": value for name, value in names.own(bundle.autoencoder.state_dict()).items()} | latents
     if (path / KEPT).is_file():
         found = unfolded(found, component.tensors_in(path / KEPT))
-    return {"kind": "diffusion", "config": config, "sampling": config["sampling"], "layout": "diffusers"}, found
+    return {"kind": "diffusion", "config": config, "sampling": config["sampling"], "layout": "diffusers"}, found, bundle
+
+
+def _transformer(folder: Folder) -> tuple[dict, dict[str, Tensor]]:
+    """DiT's pipeline: a transformer, classes, an autoencoder."""
+    config, tensors = component.read(folder.path / "transformer")
+    about, found = dit_diffusers.read(tensors, config, str(folder.path / "transformer"))
+    if not (folder.has("vae") or folder.has("vqvae")):
+        raise UserError(f"{folder.path}: a DiT without an autoencoder; expected a vae")
+    vae, latents = component.read(folder.path / "vae")
+    said, weights = diffusers.read(latents, vae, str(folder.path / "vae"))
+    block = said["config"]["model"]["params"]["autoencoder"]
+    schedule = schedulers.read(folder.config("scheduler", "scheduler_config.json"), str(folder.path / "scheduler"), STEPS)
+    params = about["config"]["model"]["params"] | {"process": schedule.process, "parameterization": schedule.parameterization,
+                                                   "optimizer": {"target": "torch.optim.AdamW", "params": {"lr": 1e-4}}}
+    sampling = schedule.sampling | {"guidance": 4.0, **_size(folder._replace(unet=config), block)}
+    ours = {"name": folder.path.name, "autoencoder": block, "model": about["config"]["model"] | {"params": params},
+            "sampling": sampling}  # fmt: skip
+    found = {name: value for name, value in found.items() if not name.startswith("autoencoder.")} | weights
+    return {**about, "config": ours, "sampling": sampling}, found
 
 
 def _size(folder: Folder, autoencoder: Mapping) -> dict:
@@ -107,17 +151,23 @@ def _size(folder: Folder, autoencoder: Mapping) -> dict:
     return {"size": [each * factor for each in sides]}
 
 
-def _autoencoder(folder: Folder) -> tuple[dict, dict[str, Tensor]]:
-    """Block, and weights by our names."""
+def statistic(name: str) -> bool:
+    """Whether only our files have this tensor of an autoencoder."""
+    return name.partition(".")[2] in names.OURS_ALONE
+
+
+def _autoencoder(folder: Folder) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """Block, weights by their names, shift and scale by ours; of an identity where there is no such part."""
     part = next((name for name in ("vae", "vqvae") if folder.has(name)), None)
     if part is None:
-        block = {"target": "autoencoder.base.Identity", "params": {"image_channels": folder.sizes.in_channels}}
-        state = Bundle.from_config({"model": {"params": {"autoencoder": block}}}).state_dict()
-        return block, {name: torch.ones_like(v, device="cpu") if name.endswith("scale") else torch.zeros_like(v, device="cpu")
-                       for name, v in state.items()}  # fmt: skip
+        channels = folder.sizes.in_channels
+        block = {"target": "autoencoder.base.Identity", "params": {"image_channels": channels}}
+        return block, {}, {}
     config, tensors = component.read(folder.path / part)
-    about, weights = diffusers.read(tensors, config, str(folder.path / part))
-    return about["config"]["model"]["params"]["autoencoder"], weights
+    block = diffusers.block_of(config, str(folder.path / part))
+    shift, scale = diffusers.statistics(config, str(folder.path / part))
+    like = torch.ones(block["params"]["bottleneck"]["params"]["channels"])
+    return block, diffusers.modern(tensors), {"autoencoder.shift": like * shift, "autoencoder.scale": like * scale}
 
 
 def _conditions(folder: Folder) -> list[Loaded]:
@@ -176,14 +226,17 @@ def _texts(folder: Folder) -> list[Loaded]:
             options |= {"pooled": "projected"} if part == "text_encoder_2" else {}
             options |= {"zero_null": bool(folder.index.get("force_zeros_for_empty_prompt", True))}
         tokenizer = str(folder.path / words) if (folder.path / words).is_dir() else None
-        block, weights = text_folders.read(folder.path / part, tokenizer, **options)
-        found.append(Loaded(Part(block["target"], block["params"] | {"vocabulary": None}, [], GUIDED), weights))
+        block, weights = text_folders.read(folder.path / part, tokenizer, later=True, **options)
+        held = {"vocabulary": None} if "vocabulary.text" in weights else {}
+        found.append(Loaded(Part(block["target"], block["params"] | held, [], GUIDED), weights))
     if folder.has("bert"):
         tensors = component.read_weights(folder.path / "bert")
-        found_bert = text_names.infer(tensors, "", str(folder.path / "bert"), vocabulary="bert", dropout=DROPOUT)
-        params = {key: value for key, value in found_bert.block["params"].items() if value is not None}
-        weights = text_names.read(found_bert, tensors, str(folder.path / "bert"))
-        found.append(Loaded(Part(found_bert.block["target"], params, [], GUIDED), weights))
+        text = text_names.infer(tensors, "", str(folder.path / "bert"), dropout=DROPOUT)
+        params = {key: value for key, value in text.block["params"].items() if value is not None}
+        weights = text_names.read(text, tensors, str(folder.path / "bert"))
+        if (folder.path / "tokenizer").is_dir():
+            weights["vocabulary.text"] = Vocabulary(None).hold(find_tokenizer(str(folder.path / "tokenizer")))
+        found.append(Loaded(Part(text.block["target"], params | {"vocabulary": None}, [], GUIDED), weights))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.conditioners.spatial import MaskedImage
-from ldm.edit import repaint
+from ldm.edit import Sampler, repaint, replace
 from ldm.tasks.picture import Prompts, paired, part_of
 
 Method = Literal["auto", "model", "replace", "repaint"]
@@ -44,10 +45,18 @@ def inpaint(bundle: Bundle, image: Tensor, mask: Tensor, prompts: Prompts = None
     batch, more = paired(prompts, image=image, mask=mask.float()), {}
     if method != "model":
         batch |= {KNOWN: bundle.encode(batch["image"], tile), KEEP: kept(batch["mask"], bundle.autoencoder.factor)}
-        walks = resample if method == "repaint" else 1
-        more = {"edit": lambda sampler, part: repaint(sampler, part[KNOWN], part[KEEP], jump=jump, resample=walks)}
+        if method == "repaint":
+            more["edit"] = lambda sampler, part: repaint(sampler, part[KNOWN], part[KEEP], jump=jump, resample=resample)
+        else:
+            more["edit"] = replacing
     painted = bundle.generate(batch, size=image.shape[2:], tile=tile, **more, **options)
     return pasted(painted, batch["image"], batch["mask"], feather)
+
+
+def replacing(sampler: Sampler, part: Mapping[str, Any]) -> Sampler:
+    """The sampler, whose guess of the data is what is known."""
+    return lambda denoise, x, times, process, **more: sampler(replace(denoise, part[KNOWN], part[KEEP], process), x, times,
+                                                              process, **more)  # fmt: skip
 
 
 def kept(mask: Tensor, factor: int) -> Tensor:  # (B,1,H,W) -> (B,1,h,w)

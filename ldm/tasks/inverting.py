@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
-from ldm.edit import Sampler, shortened
+from ldm.edit import Sampler, reversed_times, shortened
 from ldm.samplers import ddim_inversion
 from ldm.tasks.picture import X0, Prompts, paired, share_of
 
@@ -31,7 +31,7 @@ def invert(bundle: Bundle, image: Tensor, prompts: Prompts = None, *, strength: 
 
     def backwards(_: Sampler, part: Mapping[str, Any]) -> Sampler:
         return lambda denoise, x, times, process, callback=None, noise=None: ddim_inversion(
-            denoise, part[X0], shortened(times, strength).flip(0), process, refine=refine, callback=callback)
+            denoise, part[X0], reversed_times(shortened(times, strength)), process, refine=refine, callback=callback)
 
     z = bundle.encode(batch["image"], tile)
     return bundle.generate(batch | {X0: z}, size=batch["image"].shape[2:], sampler="ddim", guidance=guidance, edit=backwards,

@@ -79,7 +79,7 @@ def test_mistakes(bundle):
             tasks.img2img(bundle, x, strength=strength)
     with pytest.raises(UserError, match="3 of caption, 2 of image"):
         tasks.img2img(bundle, pictures(2, 32, 32), ["a", "b", "c"])
-    with pytest.raises(ValueError, match="a share above 0"):
+    with pytest.raises(ValueError, match="a share of the steps above 0"):
         edit.shortened(linear(bundle.denoiser.process, 4), 0.0)
     with pytest.raises(ValueError, match="factor"):
         tasks.img2img(bundle, pictures(1, 33, 32))
