@@ -105,8 +105,8 @@ class Exponential(NamedTuple):
 def exponential(here: Point, there: Point, of: Predicted = "data", eta: float = 0.0) -> Exponential:
     """Of the ODE, or of the SDE whose noise has eta times the variance of the reverse process' (2211.01095, section 5).
 
-    data: x_s = (sigma_s / sigma) e^(-eta h) x + alpha_s int_0^H e^(u-H) x0 du, H = (1 + eta) h (2211.01095, eq. 8 and 18);
-    noise: x_s = (alpha_s / alpha) x - (1 + eta) sigma_s int_0^h e^(h-u) eps du (2206.00927, eq. 3.4).
+    data: x_s = (sigma_s / sigma) e^(-eta h) x + alpha_s int_0^H e^(u-H) x0 du, H = (1 + eta) h (2211.01095, prop. 4.1);
+    noise: x_s = (alpha_s / alpha) x - (1 + eta) sigma_s int_0^h e^(h-u) eps du (2206.00927, prop. 3.1).
     Both in powers of e^-h = alpha sigma_s / (alpha_s sigma), which is 0 next to an infinite lambda.
     """
     (alpha, sigma), (alpha_s, sigma_s), h = here, there, there.log_snr - here.log_snr

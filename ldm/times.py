@@ -43,8 +43,8 @@ def linear(process: Process, n: int, *, end: End = "data", round: bool = False, 
 def shifted(process: Process, n: int, *, shift: float = 3.0, first: float = 1.0, last: float = 0.0) -> Tensor:
     """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
 
-    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999. last: the one that they would end at, in
-    whose place is clean data.
+    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999. last: the one that they would end
+    at, in whose place is clean data.
     """
     share = _shift(torch.linspace(first, last, n + 1, dtype=torch.float64), shift)
     return _at_shares(process, torch.cat([share[:-1], share.new_zeros(1)]))
@@ -187,15 +187,19 @@ def dpm_fast(process: Process, n: int, *, order: int = 3, sigma_min: float | Non
     return _at_levels(process, levels, whole=sigma_max is None)[:-1]
 
 
-def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1, sigma_min: float | None = None,
-       sigma_max: float | None = None) -> Tensor:
-    """The n levels of a VP diffusion at even times, then clean data (2011.13456; k-diffusion's get_sigmas_vp, whose range
-    is t = 1 .. eps_s). Every process: the even times span its own range of levels."""
-    low, high = (  # level^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) = e^b
-        (math.sqrt(beta_min**2 + 2 * beta_d * b) - beta_min) / beta_d
-        for b in (math.log1p(level**2) for level in _range(process, sigma_min, sigma_max)))
+def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1, eps: float | None = None,
+       sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
+    """The n levels of a VP diffusion at even times, then clean data (2011.13456). Every process: the even times span its own
+    range of levels, or go from 1 to ``eps`` (eps_s of k-diffusion's get_sigmas_vp)."""
+    if eps is None:
+        low, high = (  # level^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) = e^b
+            (math.sqrt(beta_min**2 + 2 * beta_d * b) - beta_min) / beta_d
+            for b in (math.log1p(level**2) for level in _range(process, sigma_min, sigma_max)))
+    else:
+        low, high = eps, 1.0
     t = torch.linspace(high, low, n, dtype=torch.float64)
-    return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), "level", whole=sigma_max is None)
+    levels = torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt()
+    return _at_levels(process, levels, "level", whole=sigma_max is None and eps is None)
 
 
 def sigmas(process: Process, n: int, *, values: Sequence[float]) -> Tensor:
