@@ -27,12 +27,15 @@ from ldm.cond import Cond
 from ldm.conditioners.base import encoded
 from ldm.conditioners.prompts import Long, reading
 from ldm.conditioners.vocabulary import Vocabulary
+from ldm.conditioners.wants import completed
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
+from ldm.edit import Sampler
 from ldm.guidance import BOUNDS, batched, cfg, clip, on_channels, rescale, within
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow, steps_of
 from ldm.samplers import SAMPLERS, Callback
 from ldm.times import make_times
+from ldm.windows import Windows
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +160,9 @@ class Bundle(nn.Module):
                  times: Spec | Sequence[float] | Tensor | None = None, negative_prompt: str | Sequence[str] | None = None,
                  batch_size: int | None = None, indices: Sequence[int] | None = None, tile: int | None = None,
                  prompt_weights: bool | None = None, long: Long | None = None,
-                 guide: Callable[[Denoise, Mapping[str, Any]], Denoise] | None = None) -> Tensor:
+                 guide: Callable[[Denoise, Mapping[str, Any]], Denoise] | None = None,
+                 edit: Callable[[Sampler, Mapping[str, Any]], Sampler] | None = None, window: int | None = None,
+                 decode: bool = True) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
         Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
@@ -183,6 +188,10 @@ class Bundle(nn.Module):
                 the text encoder's window (``ldm.conditioners.captions.Captions``); None: as the conditioner is set.
             guide: what else guides: (denoise, batch) -> denoise, such as ``ldm.classifier.by_classifier`` makes. A sampler's
                 clip_x0 then clips what the model says, and not what becomes of it (ADM).
+            edit: what wraps the sampler: (sampler, batch) -> sampler, as ``ldm.edit.repaint`` and ``ldm.tasks`` do.
+            window: side in pixels of the windows through which the network sees pictures that are larger
+                (``ldm.windows``); None: at once.
+            decode: False: latents (B,C,h,w) at unit scale in place of pictures.
 
         Raises:
             UserError: for all that cannot be, such as a size that does not divide, or a text encoder that is another.
@@ -191,7 +200,7 @@ class Bundle(nn.Module):
             raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
                             "give the checkpoint of a diffusion model (stage 2)")
         self.lay_out()
-        batch, n = _batch(prompts)
+        batch, n = as_batch(prompts)
         plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
         sampler, guidance = plan["sampler"], plan["guidance"]
         clips = guide is not None and isinstance(sampler, Mapping) and bool(sampler.get("clip_x0"))
@@ -205,9 +214,7 @@ class Bundle(nn.Module):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
         self.check_conditioner(guidance["scale"])
-        alpha, sigma = (float(c) for c in self.denoiser.process.exact(steps_of(times)[0, 0]))
-        spread = {None: math.hypot(alpha, sigma), "noise": sigma}.get(start := self.sampling.get("start"), start)
-        pictures = []
+        spread, pictures = self.start_std(times), []
         if prompt_weights is None:
             prompt_weights = self.sampling.get("prompt_weights")
         with evaluating(self), reading(self.conditioner, prompt_weights, long):
@@ -217,13 +224,19 @@ class Bundle(nn.Module):
                 part = {key: value[rows].to(self.device) if isinstance(value, Tensor) else value[rows]
                         for key, value in batch.items()}  # fmt: skip
                 part.setdefault("position", torch.tensor([seed + index for index in indices[rows]]))
-                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:])
+                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:], window)
                 if guide is not None:
                     denoise = guide(clip(denoise, self.denoiser.process) if clips else denoise, part)
-                z = sampler(denoise, x.to(self.device), times, self.denoiser.process, callback=callback,
-                            noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
-                pictures.append(self._decode(z, tile))
+                walk = sampler if edit is None else edit(sampler, part)
+                z = walk(denoise, x.to(self.device), times, self.denoiser.process, callback=callback,
+                         noise=lambda step, shape, sources=sources: _normal(shape[1:], sources))  # fmt: skip
+                pictures.append(self.decode(z, tile) if decode else z)
         return torch.cat(pictures)
+
+    def start_std(self, times: Tensor) -> float:
+        """Standard deviation of what sampling over these times starts from."""
+        alpha, sigma = (float(c) for c in self.denoiser.process.exact(steps_of(times)[0, 0]))
+        return {None: math.hypot(alpha, sigma), "noise": sigma}.get(start := self.sampling.get("start"), start)
 
     def plan(self, *, sampler: Spec | Callable | None = None, steps: int | None = None,
              times: Spec | Sequence[float] | Tensor | None = None, guidance: float | Mapping | None = None) -> dict:
@@ -241,15 +254,17 @@ class Bundle(nn.Module):
             raise UserError(f"guidance: no such part {', '.join(sorted(unknown))}; there are {', '.join(GUIDANCE)}")
         return plan
 
-    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping, size: Sequence[int]) -> Denoise:
+    def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping, size: Sequence[int],
+                window: int | None) -> Denoise:
         """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
+        batch = completed(self.conditioner, batch, [side * self.autoencoder.factor for side in size], len(batch["position"]))
         if negative is not None:
             batch = {**batch, "negative_caption": negative}
         cond, away = Cond(), None
         if self.conditioner is not None:
             batch = encoded(self.conditioner, self.autoencoder, batch, size)
             cond, away = (self.conditioner(batch), None) if guidance["scale"] == 1 else self.conditioner.with_null(batch)
-        denoiser = Remembering(self.denoiser)
+        denoiser = Remembering(self.denoiser if window is None else Windows(self.denoiser, self._latent_shape(window, None)[1]))
         denoise = bind(denoiser, cond)
         if away is not None:
             towards, away = batched(denoiser, cond, away)
@@ -272,9 +287,19 @@ class Bundle(nn.Module):
 
     def preview(self, guess: Prediction, tile: int | None = None) -> Tensor:
         """For a ``callback`` of ``generate``: the pictures (B,3,H,W) that the network believes in by then."""
-        return self._decode(guess.x0, tile)
+        return self.decode(guess.x0, tile)
 
-    def _decode(self, z: Tensor, tile: int | None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
+    @torch.no_grad()
+    def encode(self, x: Tensor, tile: int | None = None) -> Tensor:  # (B,3,H,W) in [-1,1] -> (B,C,h,w)
+        """The latents of pictures, the mode, a few at a time; on the model's device."""
+        self.lay_out()
+        rows = max(1, DECODED // (x.shape[2] * x.shape[3]))
+        return torch.cat([self.autoencoder.encode(part.to(self.device), tile=tile) for part in x.split(rows)])
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
+        """The pictures of latents, a few at a time."""
+        self.lay_out()
         rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))
         return torch.cat([self.autoencoder.decode(part, tile) for part in z.split(rows)]).clamp(-1, 1)
 
@@ -339,7 +364,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _batch(prompts: str | int | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
+def as_batch(prompts: str | int | Sequence[str] | Mapping[str, Any]) -> tuple[dict, int]:
+    """What ``Bundle.generate`` takes as ``prompts`` -> a batch, texts and tensors of equal length, and that length."""
     if isinstance(prompts, int):
         batch = {"caption": [""] * prompts}
     elif isinstance(prompts, Mapping):

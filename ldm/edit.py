@@ -39,6 +39,35 @@ def img2img(x0: Tensor, eps: Tensor, times: Tensor, process: Process, strength: 
     return alpha * x0 + sigma * eps, times[first:]
 
 
+def partway(x0: Tensor, eps: Tensor, times: Tensor, process: Process, strength: float) -> tuple[Tensor, Tensor]:
+    """As ``img2img``, but begun at the share ``strength`` itself: where that is no whole number of steps, inside of a step,
+    between the two times in the list. So any number of steps keeps as much of the picture.
+
+    Args:
+        strength: in (0, 1].
+    """
+    times = shortened(times, strength)
+    alpha, sigma = _level(process, steps_of(times)[:, 0], 0)
+    return alpha * x0 + sigma * eps, times
+
+
+def shortened(times: Tensor, strength: float) -> Tensor:
+    """The last share ``strength`` of the steps in ``times``, (N+1,) or pairs (N,2)."""
+    steps = steps_of(times)
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength: {strength}; it takes a share of the steps above 0, up to 1")
+    whole = int(place := len(steps) - strength * len(steps) + 1e-9)  # 10 - 0.7 * 10 is 3
+    rest = times[whole:].clone()
+    if place - whole > 1e-6:
+        rest.view(-1)[0] = torch.lerp(*steps[whole], place - whole)
+    return rest
+
+
+def reversed_times(times: Tensor) -> Tensor:
+    """The same steps, from the data to the noise."""
+    return times.flip(0) if times.ndim == 1 else times.flip(0, 1)
+
+
 def _level(process: Process, times: Tensor, i: int) -> tuple[float, float]:
     """alpha and sigma at times[i]."""
     alpha, sigma = process.exact(times[i].double())

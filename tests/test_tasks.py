@@ -18,6 +18,12 @@ TASKS = sorted(path.stem for path in (CONFIGS / "tasks").glob("*.yaml"))
 SHORT = ["trainer.max_steps=2", "loader.batch_size=4", "validation={every: 2, batches: 1}",
          "logging={every: 1, images_every: 2, wandb: false}"]  # fmt: skip
 FEW = {"train": 8, "validation": 4}
+HINTS = {  # task -> the command and conditions that are told at the end of its training
+    "class_conditional": ("generate", "--class 0"), "image_variations": ("variations", "--image IMAGE.png"),
+    "inpainting": ("inpaint", '" --image IMAGE.png --mask MASK.png'), "layout_to_image": ("generate", "--boxes LAYOUT.json"),
+    "semantic_synthesis": ("generate", "--segmentation SEGMENTATION.png"), "super_resolution": ("upscale", "--image LOW_RES.png"),
+    "unconditional": ("generate", "--n-samples 4"),
+}  # fmt: skip
 
 
 def shortened(name, encoders):
@@ -63,10 +69,12 @@ def test_every_task_has_a_twin():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_trains_and_draws(name, logs, encoders):
+def test_a_task_trains_and_draws(name, logs, encoders, capsys):
     arguments = shortened(name, encoders)
     config = CONFIGS / f"tiny/{name}.yaml"
     assert main(["-b", str(config), "-t", "-l", str(logs), "-n", name, "--no-test", *arguments]) == 0
+    hint = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("try next:"))
+    assert f"python -m ldm {HINTS[name][0]} --ckpt" in hint and f"{HINTS[name][1]} --outdir out" in hint
     (run,) = logs.glob(f"{name}-*")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == [1, 2] and list(run.rglob("step-000002.png"))
@@ -89,3 +97,15 @@ def test_latents_on_disk_know_nothing_of_pictures_that_are_encoded(logs, encoder
     assert main(["-b", str(CONFIGS / "tiny/inpainting.yaml"), "-t", "-l", str(logs), "-n", "refused", *arguments]) == 2
     told = capsys.readouterr()
     assert "set cache.latents: false" in told.err and "stage 1 of 2, autoencoder: training" not in told.out
+
+
+def test_what_was_trained_draws_on_the_command_line(logs, encoders, tmp_path):
+    """From training to a picture: of a layout, as the last line of the training says."""
+    from ldm.__main__ import main as ldm_main
+
+    arguments = [*shortened("layout_to_image", encoders), "seed=5"]
+    assert main(["-b", str(CONFIGS / "tiny/layout_to_image.yaml"), "-t", "-l", str(logs), "-n", "end_to_end", "--no-test", *arguments]) == 0
+    (run,) = logs.glob("end_to_end-*")
+    (tmp_path / "layout.json").write_text(json.dumps([{"box": [0.1, 0.1, 0.6, 0.5], "class": 7}]))
+    command = ["generate", "--ckpt", str(run), "--boxes", str(tmp_path / "layout.json"), "--outdir", str(tmp_path / "out"), "--steps", "2"]
+    assert ldm_main(command) == 0 and [file.name for file in (tmp_path / "out").iterdir()] == ["00000.png"]

@@ -27,7 +27,7 @@ from ldm.app.judging import (
     trained_on,
 )
 from ldm.app.models import enough_memory, model_arguments, positive, precision_name
-from ldm.app.txt2img import SHEET, check_free
+from ldm.app.png import SHEET, check_free
 from ldm.common.files import UserError, atomic_write
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ldm.app.evaluate_autoencoder import data_from
 from ldm.app.judging import check_source
 from ldm.app.models import enough_memory, load_model, model_arguments, positive
-from ldm.app.txt2img import check_free
+from ldm.app.png import check_free
 from ldm.common.files import UserError, atomic_write
 
 if TYPE_CHECKING:

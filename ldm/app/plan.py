@@ -3,10 +3,16 @@
 import math
 from pathlib import Path
 
+from ldm.app.conditions import ELSEWHERE, flag_of
 from ldm.app.parts import PICTURES, prompts
 from ldm.app.stages import Stage, learning_rate
 from ldm.app.survey import WORD, Survey
+from ldm.common.build import build
 from ldm.common.config import Checkpoint, section
+from ldm.common.weights import without_weights
+from ldm.conditioners.wants import wants_of
+
+ANY = {"class": "0", "number": "0", "boxes": "LAYOUT.json", "array": "EMBEDDING.npy"}  # kinds of conditions -> any such
 
 
 def summary(survey: Survey) -> list[str]:
@@ -50,9 +56,27 @@ def closing(stage: Stage, checkpoint: Path) -> list[str]:
     lines = [f"{name + ':':16} {path}" for name, path in shown.items() if path.exists()]
     command = f"python -m ldm info {checkpoint}"
     if stage.kind == "diffusion":
-        model = f"{stage.init_from} --lora {run}" if stage.lora else checkpoint
-        command = f'python -m ldm txt2img --ckpt {model} --prompt "{prompts(stage)[0]}" --outdir out'
+        model, (task, given) = f"{stage.init_from} --lora {run}" if stage.lora else checkpoint, example(stage)
+        command = f"python -m ldm {task} --ckpt {model} {given} --outdir out"
     return [*lines, f"{'try next:':16} {command}"]
+
+
+def example(stage: Stage) -> tuple[str, str]:
+    """The command that draws with the model of a stage, and what it is given for the conditions that the model reads."""
+    block = stage.config["model"]["params"].get("conditioner")
+    wants = wants_of(without_weights(lambda: build(block)) if block else None) or ()
+    given = {want.key: want for want in wants if want.needed and want.default is None}
+    task = next((task for key, task in ELSEWHERE.items() if key in given), "generate")
+    if task == "generate" and set(given) == {"caption"}:
+        task = "txt2img"
+    elif task == "generate" and set(given) == {"image"}:
+        task = "variations"
+    texts = []
+    for key, want in given.items():
+        flag = "--image" if key == "low_res" else flag_of(key)
+        value = f'"{prompts(stage)[0]}"' if want.kind == "text" else ANY.get(want.kind, f"{key.upper()}.png")
+        texts.append(f"{flag}{'' if flag.endswith('=') else ' '}{value}")
+    return task, " ".join(texts) or "--n-samples 4"
 
 
 def _length(survey: Survey) -> str:

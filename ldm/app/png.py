@@ -1,7 +1,8 @@
-"""What a picture says of how it was made: JSON in the text chunk `ldm` of a PNG."""
+"""Pictures as files: where they may be written, and what they say of how they were made (JSON, a PNG's text chunk `ldm`)."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -9,6 +10,23 @@ from PIL import Image, UnidentifiedImageError
 from ldm.common.files import UserError, atomic_write, parse_json
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SHEET, SHOWN = "sheet.png", 64  # the contact sheet, and how many pictures it shows at most
+
+
+def check_free(files: list[Path], overwrite: bool) -> None:
+    """UserError where a file would be lost, or cannot be written; before there is anything to write."""
+    for file in files:
+        standing = next(place for place in file.absolute().parents if place.exists())
+        if not standing.is_dir():
+            raise UserError(f"{standing}: is a file; expected a folder for what is written, or the name of a new one")
+        if not os.access(standing, os.W_OK):
+            raise UserError(f"{standing}: nothing can be written here; give another folder")
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; expected the name of a file")
+    taken = [file for file in files if file.exists()]
+    if taken and not overwrite:
+        more = f" (and {len(taken) - 1} more)" if len(taken) > 1 else ""
+        raise UserError(f"{taken[0]}: is there already{more}; give another --outdir, or --overwrite to replace it")
 
 
 def is_png(path: str | Path) -> bool:

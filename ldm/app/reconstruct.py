@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from ldm.app.judging import (
     trained_on,
 )
 from ldm.app.models import enough_memory, model_arguments, positive, precision_name
-from ldm.app.txt2img import SHEET, SHOWN, check_free
+from ldm.app.png import SHEET, SHOWN, check_free
 from ldm.common.files import UserError, atomic_write
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
 def reader(args: argparse.Namespace, bundle: Bundle) -> Callable[[Path], Tensor]:
     """-> path -> (C,H,W): the centred square of --size or as trained, or else the whole picture."""
-    from ldm.data.transforms import prepare
+    from ldm.data.transforms import prepare, whole
 
     trained, channels = trained_on(bundle), bundle.autoencoder.image_channels
     size = None if args.whole else args.size or trained["size"]
@@ -113,19 +113,6 @@ def reader(args: argparse.Namespace, bundle: Bundle) -> Callable[[Path], Tensor]
         near = " or ".join(str(side) for side in (low, low + factor) if side)
         raise UserError(f"--size {size}: no multiple of the autoencoder's factor {factor}; take {near}")
     return lambda path: prepare(path.read_bytes(), size, channels, trained["value_range"])
-
-
-def whole(data: bytes, channels: int, value_range: Sequence[float] | None) -> Tensor:  # -> (C,H,W) in [-1,1]
-    """An image file as it is, neither cut nor resized. Raises BrokenImage."""
-    import numpy as np
-    import torch
-
-    from ldm.data.transforms import to_tensor, unpack
-
-    bands = unpack(data, channels, value_range)
-    if bands[0].mode == "F":
-        return torch.from_numpy(np.stack([np.asarray(band) for band in bands]))
-    return to_tensor(bands[0].convert("L") if channels == 1 else bands[0])
 
 
 def reconstructor(autoencoder: Autoencoder, tile: int | None) -> Callable[[Tensor], Tensor]:

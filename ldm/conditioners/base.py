@@ -18,6 +18,7 @@ from autoencoder.base import Autoencoder
 from ldm.common.build import near
 from ldm.common.files import UserError
 from ldm.cond import Cond
+from ldm.conditioners.wants import Want
 
 Draw = Callable[[str], Tensor]  # name of a stream -> (B,) uniform on [0,1), a number for each sample
 
@@ -32,6 +33,7 @@ class Conditioner(nn.Module):
     dropout: share of samples that training gives the null (p_uncond; 2207.12598).
     encoder_hash: of the frozen encoders that it works with; None: it has none.
     encodes: pictures of the batch that it wants as latents, ``{"masked_image": raw}``; see ``encoded`` and ``picture``.
+    wants: what it reads of the batch, for programs that ask people for it; None: it does not say.
     """
 
     width: int | None = None
@@ -41,6 +43,7 @@ class Conditioner(nn.Module):
     dropout: float = 0.0
     encoder_hash: str | None = None
     encodes: Mapping[str, bool] = {}
+    wants: tuple[Want, ...] | None = None
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         raise NotImplementedError(f"{type(self).__name__} has to implement forward(batch)")

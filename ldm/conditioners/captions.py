@@ -22,6 +22,7 @@ from ldm.conditioners.prompts import Long, weigh
 from ldm.conditioners.tokens import Tokenizer, up_to_end
 from ldm.conditioners.transformer import TextTransformer
 from ldm.conditioners.vocabulary import Vocabulary
+from ldm.conditioners.wants import Want
 
 log = logging.getLogger(__name__)
 MULTIPLE = 8  # batches are padded to multiples of this many tokens: few different shapes for compiled networks
@@ -42,6 +43,8 @@ class Captions(Conditioner):
             hidden by the mask and makes no difference.
         dropout: share of captions that training replaces by the empty one (p_uncond; 2207.12598).
     """
+
+    wants = (Want("caption", "text", "a text"),)
 
     def __init__(self, max_length: int, long: Long, prompt_weights: bool, keep_padding: bool, dropout: float):
         super().__init__()

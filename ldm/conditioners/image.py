@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, Draw, check_dropout, like, tensor
 from ldm.conditioners.noise import Augmentation
 from ldm.conditioners.vision import FrozenVision
+from ldm.conditioners.wants import Want
 from ldm.networks.layers import timestep_embedding
 from ldm.process import Process
 
@@ -53,6 +55,7 @@ class ImageEmbedding(Conditioner):
         self.embedding_width = embedding_width or self.encoder.facts.width
         self.to_what, self.count, self.key, self.dropout = to, count, key, check_dropout(dropout)
         self.noise = None if noise is None else Augmentation(noise, max_noise_level, noise_level)
+        self.wants = self._wants(to, encoder is not None)
         self.project = nn.Identity()
         if to == "vector":
             self.vector_width = self.embedding_width * (1 if noise is None else 2)
@@ -66,6 +69,12 @@ class ImageEmbedding(Conditioner):
         if noise is not None:
             self.register_buffer("mean", torch.zeros(self.embedding_width))
             self.register_buffer("std", torch.ones(self.embedding_width))
+
+    def _wants(self, to: str, reads_pictures: bool) -> tuple[Want, ...]:
+        wanted = Want(self.key, "picture", "a picture", 3, instead=None if to == "patches" else "image_embedding")
+        embedding = Want("image_embedding", "array", f"{self.embedding_width} numbers", self.embedding_width, needed=False)
+        either = (wanted,) if to == "patches" else (wanted, embedding) if reads_pictures else (replace(embedding, needed=True),)
+        return either if self.noise is None else (*either, self.noise.wants)
 
     @property
     def encoder_hash(self) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.common.files import UserError, digest
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, Draw, check_dropout
+from ldm.conditioners.wants import united, wants_of
 
 TEXT = ("encode", "states_hash", "null_states", "prepare", "release", "dropped_words", "max_length")  # of one that caches
 
@@ -43,6 +44,7 @@ class Join(Conditioner):
         self.vector_width = sum(vectors) if vectors else None
         self.spatial_channels = sum(part.spatial_channels for part in parts)
         self.encodes = _merged(parts)
+        self.wants = united([wants_of(part) for part in parts])
 
     @property
     def encoder_hash(self) -> str | None:

@@ -11,6 +11,7 @@ from torch import nn
 from ldm.common.files import UserError
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, tensor
+from ldm.conditioners.wants import Want
 
 
 class ClassLabel(Conditioner):
@@ -37,6 +38,7 @@ class ClassLabel(Conditioner):
         else:
             self.width = width
         self.embedding = nn.Embedding(self.rows, width)
+        self.wants = (Want(key, "class", f"a class, 0 to {classes - 1}"),)
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         return self.embed(tensor(batch, self.key, self, ()))

@@ -13,6 +13,7 @@ from ldm.common.files import UserError
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, tensor
 from ldm.conditioners.transformer import TextTransformer
+from ldm.conditioners.wants import Want
 
 
 def layout(batch: Mapping[str, Any], classes: int, objects: int, owner: nn.Module) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,10 @@ def layout(batch: Mapping[str, Any], classes: int, objects: int, owner: nn.Modul
     kinds, boxes = kinds.gather(1, order), boxes.gather(1, order[..., None].expand(-1, -1, 4))
     missing = objects - kinds.shape[1]
     return nn.functional.pad(boxes, (0, 0, 0, missing)), nn.functional.pad(kinds, (0, missing), value=-1)
+
+
+def boxes_wanted(classes: int, objects: int) -> tuple[Want, ...]:
+    return (Want("boxes", "boxes", f"boxes of classes 0 to {classes - 1}, {objects} at most", objects),)
 
 
 def box_tokens(boxes: Tensor, kinds: Tensor, vocabulary: int, crop: bool = True) -> Tensor:
@@ -75,6 +80,7 @@ class BoxTokens(Conditioner):
         self.transformer = TextTransformer(vocabulary, self.length, width, layers, heads, head_dim, 4 * width, bias=False,
                                            activation="gelu", causal=False)  # fmt: skip
         self.logits = nn.Linear(width, vocabulary).requires_grad_(False) if logits else None
+        self.wants = boxes_wanted(classes, objects)
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         return self.read(*layout(batch, self.classes, self.objects, self))
@@ -111,6 +117,7 @@ class Boxes(Conditioner):
         super().__init__()
         self.classes, self.objects, self.frequencies = classes, objects, frequencies
         self.width, self.length, self.dropout = width, objects + 1, check_dropout(dropout)
+        self.wants = boxes_wanted(classes, objects)
         self.nothing = nn.Parameter(0.02 * torch.randn(width))
         self.embedding = nn.Embedding(classes, width)
         self.mlp = nn.Sequential(nn.Linear(width + 8 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),

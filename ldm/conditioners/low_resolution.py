@@ -13,6 +13,7 @@ from ldm.cond import Cond
 from ldm.conditioners.base import Draw, tensor
 from ldm.conditioners.noise import Augmentation
 from ldm.conditioners.spatial import Resize, Spatial, resized
+from ldm.conditioners.wants import Want
 from ldm.networks.layers import timestep_embedding
 from ldm.process import Process
 
@@ -42,6 +43,8 @@ class LowResolution(Spatial):
         if (level != "none") != (level_width is not None) or (level != "none" and noise is None):
             raise UserError(f"LowResolution: level {level!r}, level_width {level_width}, noise {noise}: the network is told "
                             "the level of noise by a vector of level_width; give all three, or level: none")
+        self.wants = (Want(key, "picture", "the small picture", channels, "latent" if resize == "none" else "any"),
+                      *(() if self.noise is None else (self.noise.wants,)))  # fmt: skip
         self.vector_width = level_width
         self.embedding = nn.Embedding(self.noise.levels, level_width) if level == "class" else None
 

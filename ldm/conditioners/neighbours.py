@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, like, tensor
+from ldm.conditioners.wants import Want
 
 
 class Neighbours(Conditioner):
@@ -28,6 +29,7 @@ class Neighbours(Conditioner):
         super().__init__()
         self.embedding_width, self.length, self.normalise = embedding_width, count, normalise
         self.width, self.dropout = width or embedding_width, check_dropout(dropout)
+        self.wants = (Want("neighbours", "array", f"embeddings of up to {count} pictures", embedding_width),)
         self.project = nn.Identity() if width is None else nn.Linear(embedding_width, width, bias=False)
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:

@@ -13,6 +13,7 @@ from ldm.common.build import Block, build, is_block
 from ldm.common.files import UserError
 from ldm.common.random import normal
 from ldm.conditioners.base import Draw
+from ldm.conditioners.wants import Want
 from ldm.process import Discrete, Process
 
 
@@ -39,6 +40,7 @@ class Augmentation:
         if not (0 < self.stop <= self.levels and 0 <= level < self.levels):
             raise UserError(f"noise: max_noise_level {self.stop}, noise_level {level}; the process has levels 0 to "
                             f"{self.levels - 1}")
+        self.wants = Want("noise_level", "class", f"a level of noise, 0 to {self.levels - 1} ({level})", needed=False)
 
     def drawn(self, batch: Mapping[str, Any], draw: Draw) -> Mapping[str, Any]:
         """The batch with a level for each sample, as training draws them."""

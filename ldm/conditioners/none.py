@@ -13,6 +13,7 @@ class Unconditional(Conditioner):
     """For models of images alone: every condition is empty."""
 
     encoder_hash = "none"
+    wants = ()
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         return Cond()

@@ -9,9 +9,11 @@ import torch
 
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, entry, shaped
+from ldm.conditioners.wants import Want
 from ldm.networks.layers import timestep_embedding
 
 SDXL = {"original_size": 2, "crop": 2, "target_size": 2}  # height and width; top and left; height and width
+DEFAULTS = {"original_size": "size", "crop": (0, 0), "target_size": "size", "aesthetic": (6,)}  # in sampling
 
 
 class Numbers(Conditioner):
@@ -28,6 +30,8 @@ class Numbers(Conditioner):
         super().__init__()
         self.keys, self.each, self.dropout = dict(SDXL if keys is None else keys), width, check_dropout(dropout)
         self.vector_width = width * sum(self.keys.values())
+        self.wants = tuple(Want(key, "number", f"{count} number{'s' * (count > 1)}", count, default=DEFAULTS.get(key))
+                           for key, count in self.keys.items())  # fmt: skip
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         columns = []

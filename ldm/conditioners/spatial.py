@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.common.files import UserError
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, entry, like, shaped, tensor
+from ldm.conditioners.wants import Want
 
 Resize = Literal["nearest", "bilinear", "bicubic", "area"]
 
@@ -49,6 +50,8 @@ class Picture(Spatial):
                  latent: Literal["no", "unit", "raw"] = "no", dropout: float = 0.0):
         super().__init__(channels if latent == "no" else 0, dropout)
         self.key, self.channels, self.resize = key, channels, resize
+        beside = "latent" if latent == "no" and resize == "none" else "picture"
+        self.wants = (Want(key, "picture", f"a picture of {channels} channels", channels, beside),)
         if latent != "no":
             self.encodes = {key: latent == "raw"}
 
@@ -74,6 +77,9 @@ class MaskedImage(Conditioner):
     """
 
     spatial_channels = 1
+    wants = (Want("image", "picture", "the picture to paint in", 3, "picture", instead="masked_image"),
+             Want("mask", "mask", "white where to paint", 1, "picture"),
+             Want("masked_image", "picture", "the picture, nothing under the mask", 3, "picture", needed=False))  # fmt: skip
 
     def __init__(self, mask_first: bool = True, signed_mask: bool = False, raw: bool = False, fill: float = 0.0):
         super().__init__()
@@ -99,6 +105,8 @@ class MaskedImage(Conditioner):
 class Depth(Spatial):
     """"depth" (B,1,H,W) or (B,H,W), in any unit -> (B,1,h,w) from -1 to 1 in each picture (Stable Diffusion 2). A map that
     is flat is -1."""
+
+    wants = (Want("depth", "depth", "a depth map", 1, "picture"),)
 
     def __init__(self, resize: Resize = "bicubic", dropout: float = 0.0):
         super().__init__(1, dropout)
@@ -128,6 +136,7 @@ class SemanticMap(Spatial):
                  bias: bool = False, dropout: float = 0.0):
         super().__init__(width or classes, dropout)
         self.classes, self.stages, self.resize = classes, stages, resize
+        self.wants = (Want("segmentation", "map", f"a map of classes 0 to {classes - 1}", 1, "picture"),)
         self.channel_mapper = nn.Identity() if width is None else nn.Conv2d(classes, width, 1, bias=bias)
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ldm.common.files import UserError
 from ldm.data.add import Add, place, plain_key
 from ldm.data.arrays import BrokenImage, is_array, read_array
-from ldm.data.transforms import prepare
+from ldm.data.transforms import middle, prepare, told
 
 SUFFIXES = (".png", ".npy", ".npz", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")
 
@@ -62,18 +62,26 @@ class AddMap(Add):
 
 
 def class_map(data: bytes, size: int, nothing: int | None = None) -> Tensor:
-    """-> (size,size) int64 of a picture whose pixels are numbers (grey or palette, 8 or 16 bits), or of an array: the square in
-    the middle, nearest pixels. Raises BrokenImage."""
+    """-> (size,size) int64, the square in the middle of ``numbers_in`` a file, nearest pixels. Raises BrokenImage."""
+    numbers = nearest(numbers_in(data), size, size)
+    return numbers if nothing is None else numbers.masked_fill(numbers == nothing, -1)
+
+
+def numbers_in(data: bytes) -> Tensor:
+    """-> (H,W) int64 of a picture whose pixels are numbers (grey or palette, 8 or 16 bits), or of an array. Raises
+    BrokenImage."""
     if is_array(data):
         numbers = read_array(data, 1)[..., 0]
     else:
-        with Image.open(io.BytesIO(data)) as image:
+        with told(), Image.open(io.BytesIO(data)) as image:
             if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
                 raise BrokenImage(f"a map of classes has one number a pixel (grey or palette), this is {image.mode}")
             numbers = np.asarray(image)
-    numbers = torch.from_numpy(numbers.astype(np.int64))
-    side = min(numbers.shape)
-    top, left = ((length - side) // 2 for length in numbers.shape)
-    at = (2 * torch.arange(size) + 1) * side // (2 * size)  # the pixel under the middle of each
-    numbers = numbers[top : top + side, left : left + side][at][:, at]
-    return numbers if nothing is None else numbers.masked_fill(numbers == nothing, -1)
+    return torch.from_numpy(numbers.astype(np.int64))
+
+
+def nearest(x: Tensor, height: int, width: int) -> Tensor:
+    """(...,H,W) -> (...,height,width): the part in the middle that has this shape, the pixel under the middle of each."""
+    top, left, h, w = middle(*x.shape[-2:], height, width)
+    rows, columns = ((2 * torch.arange(side) + 1) * part // (2 * side) for side, part in ((height, h), (width, w)))
+    return x[..., top + rows, :][..., left + columns]

@@ -39,25 +39,47 @@ def prepare(data: bytes, size: int, channels: int = 3, value_range: Sequence[flo
             opacity; arrays may have any number, and have to have this one.
         value_range: the numbers in the file that become -1 and 1; None: see ``ldm.data.arrays.scaled``.
     """
-    bands = [square(band, size) for band in unpack(data, channels, value_range, at_least=2 * size)]
+    return _joined([square(band, size) for band in unpack(data, channels, value_range, at_least=2 * size)], channels)
+
+
+def whole(data: bytes, channels: int = 3, value_range: Sequence[float] | None = None, size: Sequence[int] | None = None
+          ) -> Tensor:  # fmt: skip
+    """As ``prepare``, but neither cut nor resized, (C,H,W); or at any ``size``, height and width: the part in the middle that
+    has this shape. Raises BrokenImage."""
+    bands = unpack(data, channels, value_range)
+    return _joined(bands if size is None else [covered(band, *size) for band in bands], channels)
+
+
+def _joined(bands: list[Image.Image], channels: int) -> Tensor:  # -> (C,H,W) in [-1, 1]
     if bands[0].mode == "F":
         return torch.from_numpy(np.stack([np.asarray(band) for band in bands])).clamp(-1, 1)
     return to_tensor(bands[0].convert("L") if channels == 1 else bands[0])
 
 
 def square(image: Image.Image, size: int) -> Image.Image:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return covered(image, size, size)
+
+
+def covered(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The part in the middle that has this shape, at this size."""
+    top, left, h, w = middle(image.height, image.width, height, width)
     # cropped before, as resize(box=...) would let pixels beside the box in
-    image = image.crop((left, top, left + side, top + side))
-    return image.resize((size, size), Image.Resampling.LANCZOS if side >= size else Image.Resampling.BICUBIC)
+    image = image.crop((left, top, left + w, top + h))
+    return image.resize((width, height), Image.Resampling.LANCZOS if h >= height else Image.Resampling.BICUBIC)
+
+
+def middle(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int, int, int]:
+    """-> top, left, height, width of the largest part in the middle whose sides are as to_height to to_width."""
+    share = min(height / to_height, width / to_width)
+    h, w = max(1, round(to_height * share)), max(1, round(to_width * share))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def sides(data: bytes, channels: int = 3) -> tuple[int, int]:
     """-> height and width of a picture, turned as EXIF says, without unpacking it; of an array too. Raises BrokenImage."""
     if is_array(data):
         return read_array(data, channels).shape[:2]
-    with _told(), Image.open(io.BytesIO(data)) as image:
+    with told(), Image.open(io.BytesIO(data)) as image:
         width, height = image.size
         return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
 
@@ -69,7 +91,7 @@ def unpack(data: bytes, channels: int = 3, value_range: Sequence[float] | None =
     if is_array(data):
         return _bands(scaled(read_array(data, channels), value_range))
     needs_pictures(channels)
-    with _told(), Image.open(io.BytesIO(data)) as image:
+    with told(), Image.open(io.BytesIO(data)) as image:
         _small_enough(image)
         if is_deep(image, channels):
             return _bands(read_deep(data, channels, value_range))
@@ -82,7 +104,7 @@ def unpack(data: bytes, channels: int = 3, value_range: Sequence[float] | None =
 def decode(data: bytes, at_least: int | None = None, mode: str = "RGB") -> Image.Image:
     """-> 8 bits, of an image that has no more. Large JPEGs are unpacked at 1/2, 1/4 or 1/8 where both sides stay `at_least`
     pixels: much faster."""
-    with _told(), Image.open(io.BytesIO(data)) as image:
+    with told(), Image.open(io.BytesIO(data)) as image:
         _small_enough(image)
         if at_least is not None:
             image.draft(None, (at_least, at_least))
@@ -92,7 +114,7 @@ def decode(data: bytes, at_least: int | None = None, mode: str = "RGB") -> Image
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """Whatever goes wrong in a file is a BrokenImage."""
     try:
         yield

@@ -105,6 +105,25 @@ def test_a_picture_draws_itself_again(ckpt, tmp_path, sampler, caplog):
     assert not torch.equal(again, other) and png.read(tmp_path / "c" / "00000.png")["scale"] == 4
 
 
+@pytest.mark.parametrize("about", [
+    {"prompt": "a"}, {"prompts": ["a"], "seed": 1}, {"prompt": "a", "seed": "x"}, {"prompt": "a", "seed": 1, "size": "64"},
+    {"seed": 1, "inputs": {"image": "a.png"}}, {"seed": 1, "inputs": []}, {"seed": 1, "to": 3}, {"seed": 1, "conditions": 3},
+    {"seed": 1, "classifier": {"scale": 1}}])
+def test_metadata_of_something_else_draws_nothing(ckpt, tmp_path, capsys, about):
+    png.write(tmp_path / "x.png", Image.new("RGB", (8, 8)), about)
+    base = ["txt2img", "--ckpt", ckpt, "--outdir", str(tmp_path / "out"), "--from-image", str(tmp_path / "x.png")]
+    told = fails(capsys, *base)
+    assert "x.png: its metadata is not that of one drawn picture" in told
+    png.write(tmp_path / "x.png", Image.new("RGB", (8, 8)), {"seed": 1, "prompt": "a", "task": "upscale"})
+    assert "`python -m ldm upscale` has drawn it" in fails(capsys, *base)
+
+
+def test_another_prompt_in_place_of_a_pictures_own(ckpt, tmp_path):
+    draw(ckpt, tmp_path / "a", "--prompt", "red", "--seed", "4", "--steps", "3")
+    found = draw(ckpt, tmp_path / "b", "--from-image", str(tmp_path / "a" / "00000.png"), "--prompt", "blue")
+    assert torch.equal(found, draw(ckpt, tmp_path / "c", "--prompt", "blue", "--seed", "4", "--steps", "3"))
+
+
 def test_how_prompts_are_read_is_asked_for_and_kept(ckpt, bundle, tmp_path, capsys):
     long, heavy = "a red star on white " * 8, "a (red:1.8) star"
     plain = draw(ckpt, tmp_path / "a", "--prompt", heavy, long, "--steps", "2")
