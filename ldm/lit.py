@@ -170,6 +170,13 @@ class DiffusionModule(OnLatents):
         return {"autoencoder": self.autoencoder, "conditioner": _conditioner(model), "denoiser": model["denoiser"]}
 
     def training_step(self, batch: dict, index: int) -> Tensor:
+        losses, t = self.losses(batch)
+        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
+        self.images_seen += len(losses) * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:  # (B,) twice: the samples' losses, and their times
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
 
@@ -180,11 +187,7 @@ class DiffusionModule(OnLatents):
         noise = self.loss.noise(z, positions, self.seed)
         cond = self.condition(self.model, batch, z, draw)
         again = draw("again") < 0.5
-        losses = self.loss(self.model["denoiser"], z, cond, t, noise, again)
-        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
-        self.images_seen += len(z) * self.trainer.world_size
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
-        return loss
+        return self.loss(self.model["denoiser"], z, cond, t, noise, again), t
 
     def validation_step(self, batch: dict, index: int) -> None:
         """The loss on the same noise and times every time, in each quarter of the time axis, for both sets of weights."""
@@ -244,14 +247,17 @@ class ClassifierModule(OnLatents):
         return (self.ema.shadow if ema and self.ema is not None else self.model)["classifier"]
 
     def training_step(self, batch: dict, index: int) -> Tensor:
+        losses, right = self.losses(batch)
+        self.images_seen += len(losses) * self.trainer.world_size
+        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(losses))
+        return losses.mean()
+
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:  # (B,) twice: the samples' losses, and whether their class was found
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
         t = self.density(uniform(self.seed, "t", positions, z.device), self.classifier(ema=False).process)
         noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
-        losses, right = cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
-        self.images_seen += len(z) * self.trainer.world_size
-        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(z))
-        return losses.mean()
+        return cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
 
     def validation_step(self, batch: dict, index: int) -> None:
         """Loss and accuracy in each quarter of the time axis, on the same noise and times every time."""
