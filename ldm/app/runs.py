@@ -6,9 +6,11 @@ depend on: a stage with that key is not trained twice.
 """
 
 import json
+import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 
 from ldm.app.stages import PLACE, Kind, Stage
 from ldm.bundle import compare
+from ldm.callbacks.checkpoints import saved_at
 from ldm.common.files import UserError, atomic_write, free_bytes
 from ldm.load import read as read_checkpoint
 
@@ -64,7 +67,7 @@ def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> 
     for folder in _runs(logdir):
         if not re.fullmatch(name, folder.name) or (folder / "DONE").exists():
             continue
-        checkpoint, config = newest(folder), _config_of(folder)
+        checkpoint, config = newest(folder, told.append), _config_of(folder)
         if checkpoint is None or config is None or Stage(config).kind != stage.kind:
             continue
         differ = differences(config, stage.config)
@@ -76,14 +79,36 @@ def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> 
     return None, told
 
 
-def newest(folder: Path) -> Path | None:
-    """-> the newest whole checkpoint of a run: last.ckpt, else the highest step that can be read."""
-    steps = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=lambda path: (len(path.name), path.name), reverse=True)
-    return next((path for path in (folder / "checkpoints" / "last.ckpt", *steps) if _whole(path)), None)
+def newest(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Path | None:
+    """-> the newest whole checkpoint of a run: last.ckpt, unless it is damaged, or a later step was saved when the run was
+    killed before last.ckpt became a second name of it. What is damaged is told."""
+    steps = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=saved_at, reverse=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    files = [last, *steps] if last.is_file() else steps
+    if last.is_file() and steps and saved_at(steps[0]) > saved_at(last) and _step(steps[0]) > _step(last):
+        files.insert(0, steps[0])
+    for path in files:
+        if _whole(path):
+            return path
+        tell(f"{path}: damaged, passed over")
+    return None
 
 
 def _whole(path: Path) -> bool:
-    return path.is_file() and zipfile.is_zipfile(path)  # a zip's table of contents is its end
+    """Whether each part of a checkpoint (a zip) has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _step(path: Path) -> int:
+    """Of a checkpoint that may be damaged: then -1."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+        return -1
 
 
 def _runs(logdir: str | Path) -> list[Path]:
@@ -139,7 +164,7 @@ def jobs(stages: Sequence[Stage], logdir: str | Path, resume: str | None = None,
     that cannot be."""
     *_, last = stages
     told: list[str] = []
-    explicit = checkpoint_to_resume(resume) if resume not in (None, "auto") else None
+    explicit = checkpoint_to_resume(resume, told.append) if resume not in (None, "auto") else None
     if explicit and (kind := kind_of(explicit)) not in {stage.kind for stage in stages}:
         raise UserError(f"--resume {resume}: this is a run of {kind} training; the config given trains {last.kind}")
 
@@ -193,14 +218,14 @@ def stage1_key(job: Job) -> str | None:
     return None if job.run is None else _read(job.run / "run.json").get("autoencoder")
 
 
-def checkpoint_to_resume(resume: str) -> Path:
-    """The checkpoint file that `--resume RUN_OR_CKPT` means."""
+def checkpoint_to_resume(resume: str, tell: Callable[[str], None] = lambda text: None) -> Path:
+    """The checkpoint file that `--resume RUN_OR_CKPT` means; what is damaged, and therefore not meant, is told."""
     path = Path(resume)
     if path.is_file():
         if not _whole(path):
             raise UserError(f"--resume {resume}: not a whole checkpoint; for the newest whole one give its run folder")
         return path
-    found = newest(path) if path.is_dir() else None
+    found = newest(path, tell) if path.is_dir() else None
     if found is None:
         raise UserError(f"--resume {resume}: expected a run folder that holds checkpoints/last.ckpt, a .ckpt file, or auto")
     return found
@@ -213,8 +238,8 @@ def kind_of(checkpoint: Path) -> Kind:
 def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int) -> Path:
     """Makes (or goes on with) the run folder of a job and writes the config there. UserError, and no folder, where the disk
     does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
-    free = free_bytes(logdir)
-    if need > free:
+    free = free_bytes(logdir) + sum(path.stat().st_size for path in (job.run or Path("-")).glob("checkpoints/step-*.ckpt"))
+    if need > free:  # those that are there already make place
         raise UserError(f"{logdir}: no space for the checkpoints: {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB "
                         "free; lower checkpoint.keep, or choose another place with --logdir")
     if job.checkpoint is not None:

@@ -129,16 +129,42 @@ def test_resume_from_what_is_no_run(planned, tmp_path, monkeypatch, given):
         jobs(planned, tmp_path, given)
 
 
-def test_half_a_checkpoint_is_passed_over(tmp_path):
+def saved(folder, name, step):
+    checkpoint(folder / "checkpoints" / name)
+    torch.save({"global_step": step, "state_dict": {"w": torch.arange(1000.0)}}, folder / "checkpoints" / name)
+    return folder / "checkpoints" / name
+
+
+def spoil(path):
+    """One bit of a weight."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_bytes(path.read_bytes()[:-100]), lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path, damage):
     for step in (999998, 1000002):
-        checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}.ckpt")
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    checkpoint(last)
-    assert newest(tmp_path) == last
-    last.write_bytes(last.read_bytes()[:-100])
-    assert newest(tmp_path).name == "step-1000002.ckpt"
+        saved(tmp_path, f"step-{step:06d}.ckpt", step)
+    last, told = saved(tmp_path, "last.ckpt", 1000004), []
+    assert newest(tmp_path, told.append) == last and not told
+    damage(last)
+    assert newest(tmp_path, told.append).name == "step-1000002.ckpt" and told == [f"{last}: damaged, passed over"]
     with pytest.raises(UserError, match="not a whole checkpoint"):
         runs.checkpoint_to_resume(str(last))
+    for path in last.parent.glob("step-*.ckpt"):
+        damage(path)
+    assert newest(tmp_path) is None
+
+
+def test_the_newest_is_what_was_saved_last(tmp_path):
+    steps = [saved(tmp_path, f"step-{step:06d}.ckpt", step) for step in (10, 20, 30)]
+    last = saved(tmp_path, "last.ckpt", 20)  # the run went on from step 10 and has not come to 30 yet
+    for i, path in enumerate((*steps, last)):
+        os.utime(path, (i, i))
+    assert newest(tmp_path) == last
+    os.utime(steps[2], (9, 9))  # the run was killed between the save and last.ckpt
+    assert newest(tmp_path) == steps[2]
 
 
 def test_no_folder_without_space(planned, tmp_path):
