@@ -150,7 +150,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     from pytorch_lightning import seed_everything
 
     from ldm.app import guards, launch, parts, plan, runs
-    from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, seeding, stop
+    from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, promises, seeding, stop
     from ldm.common.config import Checkpoint, Logging, section
 
     began, stage = monotonic(), survey.stage
@@ -171,7 +171,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
         data, validation, panel = parts.prepared(stage, module, args.logdir, group.strategy.root_device, tell)
         pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
         trainer = make_trainer(stage, plugins=[saver.io], callbacks=[
-            timer, *upkeep(stage, folder), seeding.Seeding(stage.seed),
+            timer, *upkeep(stage, folder), seeding.Seeding(stage.seed), promises.Promises(tell),
             metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
             progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
         ])  # fmt: skip

@@ -112,11 +112,12 @@ class Autoencoder(nn.Module):
     def denormalise(self, z: Tensor) -> Tensor:
         return z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
 
-    def posterior(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Mean and standard deviation (B,C,h,w) of q(z|x) at unit scale; None for deterministic kinds."""
+    def posterior(self, x: Tensor, tile: int | None = None, autocast: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation (B,C,h,w) of q(z|x) at unit scale; None for deterministic kinds. autocast: where there is
+        one, compute in it."""
         self.check(x)
         check_tile(tile)
-        with without_autocast(x.device):
+        with nullcontext() if autocast else without_autocast(x.device):
             x = x.to(self.dtype)
             mean, logvar = (at_least_float32(part) for part in
                             (self.moments(x) if tile is None else self.tiled_moments(x, tile)))

@@ -34,6 +34,8 @@ class OnLatents(pl.LightningModule):
     and averaged where ``ema_decay`` is given. With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``),
     which main.py adds. All randomness follows from the batch's "position" (B,), the samples' places in the run."""
 
+    autoencoder_autocast = False
+
     def __init__(self, autoencoder: Autoencoder, model: dict[str, nn.Module], optimizer: Block, schedule: Block | None,
                  latents: Literal["sample", "mode"], statistics: Literal["check", "measure", "force"],
                  ema_decay: float | HalfLife | Power | None, snapshots: Snapshots | None, seed: int):
@@ -58,12 +60,13 @@ class OnLatents(pl.LightningModule):
 
     @torch.no_grad()
     def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
-        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
-        with torch.autocast(self.device.type, enabled=False):
-            if "latent" in batch:
-                mean, std = batch["latent"].float(), batch.get("latent_std")
-            else:
-                mean, std = self.autoencoder.posterior(batch["image"].float())
+        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32; computed so too, unless ``autoencoder_autocast``."""
+        if "latent" in batch:
+            mean, std = batch["latent"].float(), batch.get("latent_std")
+        elif self.autoencoder_autocast:
+            mean, std = self.autoencoder.posterior(batch["image"], autocast=True)
+        else:
+            mean, std = self.autoencoder.posterior(batch["image"].float())
         if std is None or self.latents == "mode":
             return mean
         return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
@@ -128,6 +131,8 @@ class DiffusionModule(OnLatents):
             anew; "force" measures nothing and warns in place of refusing.
         ema_decay: of the averaged weights that sampling uses, a number or a profile (``ldm.common.ema``); None keeps none.
         snapshots: averages that are saved along the way, for others of any width after the fact.
+        autoencoder_autocast: the autoencoder computes in the precision of the training too (trainer.precision); otherwise it
+            stays in that of its weights, since some autoencoders overflow in half.
     """
 
     kind = "diffusion"
@@ -147,14 +152,14 @@ class DiffusionModule(OnLatents):
                  schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
                  statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
-                 seed: int = 23, sampling: dict | None = None):
+                 seed: int = 23, sampling: dict | None = None, autoencoder_autocast: bool = False):
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
                                   variance=variance, self_conditioning=self_conditioning)
         model = {"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner})
         super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
         self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
         self.loss.attach(denoiser.process, variance)
-        self.sampling = dict(sampling or {})
+        self.sampling, self.autoencoder_autocast = dict(sampling or {}), autoencoder_autocast
 
     @property
     def trained(self) -> nn.Module:
