@@ -78,7 +78,13 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-def from_rank_0(x: Tensor) -> Tensor:
+def averaged(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all ranks."""
+    return summed(x.clone()) / ranks()[1]
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number, and how many there are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(x, src=0)
-    return x
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
