@@ -254,10 +254,11 @@ class ClassifierModule(OnLatents):
     def training_step(self, batch: dict, index: int) -> Tensor:
         losses, right = self.losses(batch)
         self.images_seen += len(losses) * self.trainer.world_size
-        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(losses))
-        return losses.mean()
+        loss, accuracy = losses.mean(), right.float().mean()
+        self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True, batch_size=len(losses))
+        return loss
 
-    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:  # (B,) twice: the samples' losses, and whether their class was found
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:  # (B,) twice: the samples' losses, and whether they were right
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
         t = self.density(uniform(self.seed, "t", positions, z.device), self.classifier(ema=False).process)

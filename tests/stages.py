@@ -19,7 +19,6 @@ from ldm.callbacks.promises import Promises  # noqa: E402
 from ldm.callbacks.seeding import Seeding  # noqa: E402
 from ldm.callbacks.stop import Stop  # noqa: E402
 from ldm.common.equal import differences  # noqa: E402
-from ldm.common.random import generator  # noqa: E402
 from ldm.data.loader import make_loader  # noqa: E402
 from main import make_trainer, upkeep  # noqa: E402
 

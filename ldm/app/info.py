@@ -12,8 +12,8 @@ NAMED = 10  # differences that are shown of a part
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="IMAGE_OR_CKPT", help="a PNG of ours, a checkpoint, or a run folder")
-    parser.add_argument("--compare", metavar="CKPT", help="instead: hold everything in two checkpoints side by side, to the bit; "
-                                                          "exit status 1 where something differs")
+    parser.add_argument("--compare", metavar="CKPT", help="instead: hold all that is in two checkpoints side by side, to the "
+                                                          "bit; exit status 1 where something differs")
 
 
 def run(args: argparse.Namespace) -> int | None:

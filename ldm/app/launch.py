@@ -56,10 +56,10 @@ def meet(place: int, count: int, device: torch.device, seconds: float = MEETING)
     except (torch.distributed.DistError, RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{here}: the processes did not find one another at {host}:{port} in {seconds:g} s ({said}). Likely causes: another "
-            f"number of processes was started than {count} (trainer.devices x num_nodes, torchrun --nproc-per-node x --nnodes, "
-            "srun --ntasks-per-node x --nodes); one of them failed first, see its message; MASTER_ADDR is not the first machine, "
-            "or a firewall closes MASTER_PORT; another run has this port; the wrong network card (GLOO_SOCKET_IFNAME, "
+            f"{here}: the processes did not find one another at {host}:{port} in {seconds:g} s ({said}). Likely causes: not "
+            f"{count} processes were started (trainer.devices x num_nodes, torchrun --nproc-per-node x --nnodes, srun "
+            "--ntasks-per-node x --nodes); one of them failed first, see its message; MASTER_ADDR is not the first machine, or "
+            "a firewall closes MASTER_PORT; another run has this port; the wrong network card (GLOO_SOCKET_IFNAME, "
             "NCCL_SOCKET_IFNAME)"
         ) from error
     store.set_timeout(EXCHANGE)
@@ -106,8 +106,8 @@ def leave() -> None:
 
 
 def fail() -> None:
-    """Ends this process, one of several, with the traceback of the error at hand: at once, since whatever is left to do (closing
-    groups, waiting for workers) may wait for the others, and they for this one."""
+    """Ends this process, one of several, with the traceback of the error at hand: at once, since whatever is left to do
+    (closing groups, waiting for workers) may wait for the others, and they for this one."""
     log.exception("rank %d failed", rank())
     sys.stdout.flush()
     sys.stderr.flush()

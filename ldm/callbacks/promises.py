@@ -55,8 +55,8 @@ class Promises(Callback):
 
     def on_train_end(self, trainer, module) -> None:
         if self._hash != frozen_hash(module):
-            raise RuntimeError(f"the autoencoder was changed by the training that only uses it: its hash was {self._hash}, and is "
-                               f"{frozen_hash(module)}")
+            raise RuntimeError("the autoencoder was changed by the training that only uses it: its hash was "
+                               f"{self._hash}, and is {frozen_hash(module)}")
 
 
 def weight_problems(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[str]:
@@ -94,8 +94,9 @@ def ranks_differ(batch: dict) -> None:
     torch.distributed.all_gather_object(every, (torch.initial_seed(), positions))
     seeds, places = [seed for seed, _ in every], [place for _, own in every for place in own]
     if len(set(places)) < len(places):
-        raise RuntimeError(f"several ranks train on the same samples, those at {sorted(k for k, n in Counter(places).items() if n > 1)} "
-                           "of the run: their noise would be the same too")
+        twice = sorted(place for place, n in Counter(places).items() if n > 1)
+        raise RuntimeError(f"several ranks train on the same samples, those at {twice} of the run: their noise would be the "
+                           "same too")
     if len(set(seeds)) < len(seeds):
         raise RuntimeError(f"several ranks draw the same random numbers: their seeds are {seeds}")
 
@@ -133,7 +134,8 @@ def precision_line(module: nn.Module, found: dict[str, Counter]) -> str:
     for name, part in parts_of(module):
         if name in found:
             kinds, weights = found[name], Counter(p.dtype for p in part.parameters())
-            told.append(f"{name} computes in {_kinds(kinds)}" + (f", weights {_kinds(weights)}" if set(weights) != set(kinds) else ""))
+            other = f", weights {_kinds(weights)}" if set(weights) != set(kinds) else ""
+            told.append(f"{name} computes in {_kinds(kinds)}{other}")
     return f"precision: {'; '.join(told)}"
 
 

@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning import Callback
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EVERY, TOGETHER = 1.0, 10  # ranks ask one another after about so many seconds, at most so many steps: a question costs an exchange
+EVERY, TOGETHER = 1.0, 10  # ranks ask one another after about so many seconds, but at most so many steps
 
 
 class Stop(Callback):
