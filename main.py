@@ -131,7 +131,7 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
         if job.action == "reuse":
             checkpoint = job.checkpoint
             tell(f"{found.stage.label}: finished already, {job.run} is used (same config and data)")
-            for line in runs.kept_sampling(job, found.stage):
+            for line in [*runs.kept_sampling(job, found.stage), *runs.other_batch(job, found.stage, found.global_batch)]:
                 tell(line)
             continue
         checkpoint, signal = train(job, found, checkpoint, args, group, tell)
@@ -161,7 +161,10 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     launch.decided(group, lambda: guards.keeps_autoencoder(job, stage, module, args.logdir, args.trust))
     guards.settle_latents(stage, module, group.strategy.root_device, job.action == "resume", tell)
     need = (saving.keep + 1) * survey.checkpoint
-    folder = launch.decided(group, lambda: runs.run_folder(job, stage, module, args.logdir, args.postfix, need))
+    for line in runs.other_batch(job, stage, survey.global_batch):
+        tell(line)
+    folder = launch.decided(group, lambda: runs.run_folder(job, stage, module, args.logdir, args.postfix, need,
+                                                           survey.global_batch))  # fmt: skip
     tell("\n  ".join([*plan.summary(survey), *stage.train.report().splitlines(), f"run folder {folder}"]))
 
     timer, stopper = clock.Clock(), stop.Stop()

@@ -70,11 +70,11 @@ def meet(place: int, count: int, device: torch.device, seconds: float = MEETING)
 
 def join(group: Any) -> None:
     """Before the first decision, the processes of a training find one another. group: a Lightning Trainer."""
-    strategy, environment = group.strategy, group.strategy.cluster_environment
     if group.world_size > 1 and not torch.distributed.is_initialized():
+        environment = group.strategy.cluster_environment
         os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
-        meet(environment.global_rank(), group.world_size, strategy.root_device)
-    strategy.setup_environment()
+        meet(environment.global_rank(), group.world_size, group.strategy.root_device)
+    group.strategy.setup_environment()
 
 
 def in_turn(group: Any, action: Callable[[], None]) -> None:

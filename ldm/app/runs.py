@@ -213,6 +213,15 @@ def kept_sampling(job: Job, stage: Stage) -> list[str]:
             "The arguments of `python -m ldm txt2img` draw otherwise, and `--resume` of the run stores the new ones"]
 
 
+def other_batch(job: Job, stage: Stage, batch: int) -> list[str]:
+    """What there is to say where a run saw another number of images in each step than this command would show it."""
+    before = _read(job.run / "run.json").get("batch") if job.run else None
+    if before in (None, batch):
+        return []
+    return [f"{stage.label}: its global batch was {before}, this command's is {batch} (batch size x devices x accumulation): "
+            + ("the finished weights are used as they are" if job.action == "reuse" else "the run goes on at the next image")]
+
+
 def stage1_key(job: Job) -> str | None:
     """Of the autoencoder (`Stage.autoencoder_key`) that the run of this job was begun with."""
     return None if job.run is None else _read(job.run / "run.json").get("autoencoder")
@@ -235,8 +244,9 @@ def kind_of(checkpoint: Path) -> Kind:
     return read_checkpoint(checkpoint).about["kind"]
 
 
-def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int) -> Path:
-    """Makes (or goes on with) the run folder of a job and writes the config there. UserError, and no folder, where the disk
+def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int, batch: int
+               ) -> Path:
+    """Makes (or goes on with) the run folder of a job and writes the config there, and the global batch. UserError, and no folder, where the disk
     does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
     free = free_bytes(logdir) + sum(path.stat().st_size for path in (job.run or Path("-")).glob("checkpoints/step-*.ckpt"))
     if need > free:  # those that are there already make place
@@ -253,7 +263,7 @@ def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, po
         _write_config(folder / STAGE1, stage.before.config)
         config = {**config, "autoencoder": {"config": STAGE1}}
     _write_config(folder / "config.yaml", config)
-    _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key})
+    _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key, "batch": batch})
     return folder
 
 

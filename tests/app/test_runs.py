@@ -170,10 +170,19 @@ def test_the_newest_is_what_was_saved_last(tmp_path):
 def test_no_folder_without_space(planned, tmp_path):
     job = runs.Job("train", 1)
     with pytest.raises(UserError, match="no space for the checkpoints"):
-        run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", None, 2**62)
+        run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", None, 2**62, 4)
     assert not (tmp_path / "logs").exists()
-    folder = run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", "p", 10)
+    folder = run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", "p", 10, 4)
     assert folder.name.startswith("tiny_ae-") and yaml.safe_load((folder / "config.yaml").read_text()) == planned[0].config
+
+
+def test_another_global_batch_is_told(planned, tmp_path):
+    folder = make_run(tmp_path, planned[0])
+    job = runs.Job("resume", 1, folder / "checkpoints/last.ckpt")
+    assert runs.other_batch(job, planned[0], 8) == []  # not known
+    run_folder(job, planned[0], torch.nn.Module(), tmp_path, None, 0, 4)
+    assert runs.other_batch(job, planned[0], 4) == [] == runs.other_batch(runs.Job("train", 1), planned[0], 8)
+    assert "its global batch was 4, this command's is 8" in runs.other_batch(job, planned[0], 8)[0]
 
 
 def test_a_checkpoint_of_another_model_is_refused(planned, tmp_path):
@@ -182,7 +191,7 @@ def test_a_checkpoint_of_another_model_is_refused(planned, tmp_path):
     checkpoint(folder / "checkpoints/last.ckpt", weight=torch.ones(3, 2), bias=torch.ones(4))
     job = runs.Job("resume", 1, folder / "checkpoints/last.ckpt")
     with pytest.raises(UserError, match="is not of the model in this config: .*bias"):
-        run_folder(job, planned[0], module, tmp_path, None, 0)
+        run_folder(job, planned[0], module, tmp_path, None, 0, 4)
     checkpoint(folder / "checkpoints/last.ckpt", weight=torch.ones(3, 2), bias=torch.ones(3))
-    assert run_folder(job, planned[0], module, tmp_path, None, 0) == folder
+    assert run_folder(job, planned[0], module, tmp_path, None, 0, 4) == folder
     assert not (folder / "DONE").exists()
