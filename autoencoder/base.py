@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.tiled import blended
+from ldm.common.weights import unwrapped
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Autoencoder(nn.Module):
     def content_hash(self) -> str:
         """16 hex digits over every weight and buffer: two autoencoders with the same hash have the same latents."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(unwrapped(self.state_dict()).items()):
             if name == "statistics_data" and not tensor.any():
                 continue  # not known: the hash is what it was when there was no such buffer
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -28,7 +28,7 @@ from ldm.common.ema import Ema
 from ldm.common.finite import bad_rows, culprit, listed, samples_of
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal
-from ldm.common.weights import evaluating
+from ldm.common.weights import evaluating, wrapped
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +267,7 @@ class AutoencoderModule(pl.LightningModule):
         progress = checkpoint["progress"]
         self.images_seen, self.batches_seen = progress["images"], progress["batches"]
         self.skipped = progress["skipped"]
+        checkpoint["state_dict"] = wrapped(checkpoint["state_dict"], self)
 
 
 def clip(module: nn.Module, limit: float | None, scale: float) -> Tensor:

@@ -16,6 +16,7 @@ from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
+from ldm.common.weights import wrapped
 from ldm.cond import Cond
 from ldm.conditioners.base import Draw, encoded, entry
 from ldm.denoiser import build_denoiser, impossible
@@ -107,6 +108,7 @@ class OnLatents(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.images_seen = checkpoint["images_seen"]
+        checkpoint["state_dict"] = wrapped(checkpoint["state_dict"], self)
 
 
 class DiffusionModule(OnLatents):

@@ -63,7 +63,7 @@ def train(folder, make, steps, resume=None, world=1, workers=0, accumulate=1, ba
     """-> the last checkpoint. total: steps of the whole run, where this is a part of it."""
     module, data = make(accumulate, **options)
     saver, clock = Checkpoints(folder / "checkpoints", every, 3, lambda module: {"kind": "tiny", "config": {"model": {}}}, Clock()), Clock()
-    kind = "autoencoder" if make is first_stage else "diffusion"
+    kind = "autoencoder" if hasattr(module, "batches_seen") else "diffusion"
     stage = SimpleNamespace(config={}, kind=kind, accumulate=accumulate, trainer={
         "max_steps": steps, "accelerator": "cpu", "devices": world, "strategy": "ddp_fork" if world > 1 else "auto",
         **({"accumulate_grad_batches": accumulate} if kind == "diffusion" else {})})  # fmt: skip

@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 from forked import start, status, write
-from torch.utils.data import Dataset
 
 from ldm.app import launch
 from ldm.common.equal import differences

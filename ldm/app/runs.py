@@ -24,6 +24,7 @@ from ldm.app.stages import PLACE, Kind, Stage
 from ldm.bundle import compare
 from ldm.callbacks.checkpoints import saved_at
 from ldm.common.files import UserError, atomic_write, free_bytes
+from ldm.common.weights import unwrapped
 from ldm.load import read as read_checkpoint
 
 STAGE1 = "stage1.yaml"  # in a run folder of stage 2
@@ -254,7 +255,7 @@ def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, po
                         "free; lower checkpoint.keep, or choose another place with --logdir")
     if job.checkpoint is not None:
         saved = torch.load(job.checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        if problems := compare(module.state_dict(), saved):
+        if problems := compare(unwrapped(module.state_dict()), saved):
             raise UserError(f"--resume: {job.checkpoint} is not of the model in this config: {problems}")
     folder = job.run or new_folder(logdir, stage.name, postfix if stage.number == stage.count else None)
     (folder / "DONE").unlink(missing_ok=True)  # until it is again

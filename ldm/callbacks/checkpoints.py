@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.callbacks.clock import Clock
 from ldm.common.files import UserError, atomic_write, free_bytes
+from ldm.common.weights import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class Checkpoints(Checkpoint):  # Lightning calls this kind after all other call
         return self.folder / "last.ckpt"
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
-        checkpoint["ldm"] = self.describe(module)
+        checkpoint["ldm"], checkpoint["state_dict"] = self.describe(module), unwrapped(checkpoint["state_dict"])
 
     def on_train_start(self, trainer, module) -> None:
         self._step = trainer.global_step

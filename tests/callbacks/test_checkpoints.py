@@ -120,6 +120,18 @@ def test_the_older_stay_until_the_newer_is_there(tmp_path, monkeypatch):
     assert seen == [0, 1, 1, 2, 1, 2] and len(list(tmp_path.glob("step-*.ckpt"))) == 1
 
 
+def test_what_is_compiled_is_saved_under_its_own_names(tmp_path):
+    """And so is what DDP wraps, see two_ranks.py."""
+    plain_one, compiled = saver(tmp_path / "a"), saver(tmp_path / "b")
+    fit([plain_one], 2, plugins=[plain_one.io])
+    module = Tiny()
+    module.net[0] = torch.compile(module.net[0], backend="eager")
+    assert "net.0._orig_mod.weight" in module.state_dict()
+    fit([compiled], 2, module, plugins=[compiled.io])
+    keys = [list(torch.load(save.last, weights_only=True)["state_dict"]) for save in (plain_one, compiled)]
+    assert keys[0] == keys[1] == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
+
+
 def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(checkpoints, "free_bytes", lambda path: 10)
     save = saver(tmp_path / "new")

@@ -41,6 +41,7 @@ trainer, module = fit([clock, Seeding(1), Asked(), metrics, stop, save], steps=5
 assert number == signal.SIGTERM and 4 <= steps <= 11 and other == (number, steps)  # stopped, and together
 weights = gathered([p.detach().clone() for p in module.parameters()])
 assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+assert list(torch.load(save.last, weights_only=True)["state_dict"]) == list(module.state_dict())
 positions = gathered(module.positions)
 assert sorted(positions[0] + positions[1]) == list(range(8 * steps))  # no sample twice, none left out
 draws = gathered(torch.rand(3).tolist())
