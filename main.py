@@ -2,6 +2,7 @@
 
     python main.py --base configs/ldm_txt2img.yaml -t                    all stages; what is finished already is used
     python main.py --base configs/ldm_txt2img.yaml -t --resume auto      goes on where an interrupted run stopped
+    python main.py --base CFG -t --init-from RUN_OR_CHECKPOINT           begins with a model's weights, at step 0
     python main.py --base CFG --check trainer.max_steps=100              what it would do: sizes, memory, arithmetic
 
 key=value arguments change the config; those that begin with stage1. change the config that autoencoder.config names.
@@ -21,6 +22,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("-b", "--base", nargs="+", default=[], metavar="CFG", help="config files, merged left to right")
     add("-t", "--train", action="store_true", help="train")
     add("-r", "--resume", metavar="RUN", help="run folder or .ckpt to go on from; auto: newest unfinished run of this name")
+    add("--init-from", "--init_from", metavar="PATH", help="model whose weights to begin with (weights alone: step 0, new "
+        "optimizer); --resume goes on with a run")
     add("-n", "--name", help="of the run, in place of the config's")
     add("-p", "--postfix", help="added to the name of the run folder")
     add("-l", "--logdir", default="logs", help="folder of run folders (%(default)s)")
@@ -38,6 +41,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.base and args.resume:  # a run folder, or a checkpoint in one, knows its config
         places = (Path(args.resume), Path(args.resume).absolute().parent.parent)
         args.base = [str(place / "config.yaml") for place in places if (place / "config.yaml").is_file()][:1]
+    if args.init_from and args.resume:
+        parser.error("--init-from begins anew with a model's weights, --resume goes on with a run: give one of them")
     if not args.base:
         parser.error("which config? add --base configs/ldm_txt2img.yaml")
     if not (args.train or args.check):
@@ -57,14 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     from ldm.common.allocator import keep_memory
 
     keep_memory()
-    from ldm.app import launch, runs, stages, terminal  # torch is imported from here on
+    from ldm.app import launch, runs, stages, starts, terminal  # torch is imported from here on
     from ldm.common.files import UserError
 
     terminal.set_up(launch.rank())
     try:
-        planned, mistakes = stages.read(args.base, args.overrides, name=args.name, seed=args.seed)
+        planned, mistakes = stages.read(args.base, args.overrides, name=args.name, seed=args.seed, init_from=args.init_from)
         if mistakes:
             raise launch.OnAllRanks("\n".join(mistakes))
+        planned = starts.placed(planned, args.resume not in (None, "auto"))
         if args.alone and args.resume not in (None, "auto"):
             planned = runs.alone(planned, args.resume)
         if args.check:
@@ -95,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(planned: list, args: argparse.Namespace) -> int:
     """Prints the plan; gives back 2 where something is in its way."""
-    from ldm.app import plan, stages, survey, terminal
+    from ldm.app import plan, stages, starts, survey, terminal
 
     made: dict = {}
     problems = [mistake for stage in planned for mistake in stage.open(made)]
@@ -103,6 +109,7 @@ def check(planned: list, args: argparse.Namespace) -> int:
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, world)
     surveys, more = survey.surveys(planned, world, args.trust)
+    more += starts.checked([found.stage for found in surveys], [found.module for found in surveys], args.trust)
     for found in surveys:
         terminal.say("\n  ".join(plan.summary(found) + plan.details(found)))
     terminal.report("\n".join(problems + more))
@@ -111,7 +118,7 @@ def check(planned: list, args: argparse.Namespace) -> int:
 
 def run(planned: list, args: argparse.Namespace, group) -> int:
     """All stages; every process walks through them. group: a Trainer, for what it knows of the other processes."""
-    from ldm.app import launch, plan, runs, stages, survey, terminal
+    from ldm.app import launch, plan, runs, stages, starts, survey, terminal
 
     tell = terminal.say if group.is_global_zero else terminal.silent
     made: dict = {}
@@ -119,6 +126,8 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, group.world_size)
     surveys, more = survey.surveys(planned, group.world_size, args.trust) if not mistakes else ([], [])
+    if args.resume in (None, "auto"):
+        more += starts.checked([found.stage for found in surveys], [found.module for found in surveys], args.trust)
     if mistakes + more:
         raise launch.OnAllRanks("\n".join(mistakes + more))
     launch.in_turn(group, lambda: [survey.prepare(found.module) for found in surveys])
@@ -149,7 +158,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
 
     from pytorch_lightning import seed_everything
 
-    from ldm.app import guards, launch, parts, plan, runs
+    from ldm.app import guards, launch, parts, plan, runs, starts
     from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, promises, seeding, stop
     from ldm.common.config import Checkpoint, Logging, section
 
@@ -158,6 +167,8 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     seed_everything(stage.seed, verbose=False)
     autoencoder, block = parts.autoencoder_of(stage, job.checkpoint or before, args.trust)
     module = parts.make_module(stage, autoencoder, stage.picture)
+    if stage.init_from and (job.action == "train" or stage.lora):  # what a run that goes on has of a LoRA is the changes
+        tell(starts.begin(stage, module, args.trust))
     launch.decided(group, lambda: guards.keeps_autoencoder(job, stage, module, args.logdir, args.trust))
     guards.settle_latents(stage, module, group.strategy.root_device, job.action == "resume", tell)
     need = (saving.keep + 1) * survey.checkpoint
@@ -196,6 +207,8 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
             return saver.last, stopper.signal
         if not args.no_test and trainer.is_global_zero:
             pictures.draw(module, trainer.global_step, "final.png")
+        if trainer.is_global_zero and stage.lora:
+            tell(f"{stage.label}: written for diffusers, and for --lora: {starts.write_lora(module, folder)}")
         if trainer.is_global_zero:
             runs.write_done(folder, stage, "checkpoints/last.ckpt", steps=trainer.global_step, images=module.images_seen,
                             seconds=seconds)  # fmt: skip

@@ -1,10 +1,11 @@
 """Latent diffusion: conditioners, noise processes, networks, samplers and what binds them into one model.
 
 Importing the package costs next to nothing, not even torch: it prepares torchvision for being imported later (see
-torchvision_repair) and offers `ldm.load(path)`, whose module is read on first use.
+torchvision_repair) and offers `ldm.load(path)` and `ldm.lora.apply(bundle, path)`, whose modules are read on first use.
 """
 
 import sys
+from importlib import import_module
 from types import ModuleType
 
 from ldm.common import torchvision_repair
@@ -25,6 +26,11 @@ class _Package(ModuleType):
     @load.setter
     def load(self, submodule: ModuleType) -> None:
         pass
+
+    def __getattr__(self, name: str) -> ModuleType:
+        if name == "lora":
+            return import_module("ldm.lora")
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 sys.modules[__name__].__class__ = _Package

@@ -16,7 +16,7 @@ from importlib import import_module
 from ldm.app import terminal
 from ldm.common.files import UserError, nearest
 
-COMMANDS = ("txt2img", "reconstruct", "evaluate", "check-autoencoder", "compare-autoencoders", "average", "data", "info")
+COMMANDS = ("txt2img", "reconstruct", "evaluate", "check-autoencoder", "compare-autoencoders", "average", "convert", "data", "info")
 
 
 class Parser(argparse.ArgumentParser):

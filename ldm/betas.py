@@ -53,6 +53,8 @@ SCHEDULES: dict[str, Callable[..., Tensor]] = {
 
 def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     """Shift and scale sqrt(alpha_bar) so that the last is 0 and the first is kept (2305.08891, algorithm 1)."""
+    if len(alpha_bar) < 2:
+        raise UserError("zero_terminal: the first step is kept and the last is pure noise, so there are two steps or more")
     root = alpha_bar.sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 

@@ -28,15 +28,15 @@ from ldm.conditioners.base import encoded
 from ldm.conditioners.prompts import Long, reading
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
-from ldm.guidance import BOUNDS, batched, cfg, clip, rescale, within
+from ldm.guidance import BOUNDS, batched, cfg, clip, on_channels, rescale, within
 from ldm.parameterization import Denoise, Prediction
-from ldm.process import RectifiedFlow
+from ldm.process import RectifiedFlow, steps_of
 from ldm.samplers import SAMPLERS, Callback
 from ldm.times import make_times
 
 log = logging.getLogger(__name__)
 
-GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None}  # low <= t <= high: where it guides; None: everywhere
+GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None, "channels": None}
 DEFAULTS = {"sampler": "dpmpp_2m", "steps": 20, "times": "linear", "guidance": 3.0}
 PACKAGES = ("torch", "transformers", "safetensors")  # whose versions a checkpoint and a picture name
 DECODED = 2**20  # pixels that are decoded at a time
@@ -59,7 +59,6 @@ class Bundle(nn.Module):
         self.config, self.about = config, about or {}
         self.sampling = DEFAULTS | {key: value for key, value in (sampling or {}).items() if value is not None}
         self._checked = self._warned = False
-        self._channels_last()
 
     @classmethod
     def from_config(cls, config: Mapping, *, sampling: dict | None = None, about: dict | None = None,
@@ -92,11 +91,11 @@ class Bundle(nn.Module):
         if problems:
             raise UserError(f"{origin}: the weights do not fit the model that its config describes: {problems}")
         self.load_state_dict(weights, assign=True, strict=True)
-        self._channels_last()
         return self
 
-    def _channels_last(self) -> None:
-        """Convolutions are faster so without gradients; with them it depends, so that training an autoencoder does without."""
+    def lay_out(self) -> None:
+        """Weights of convolutions channels-last, which are faster so without gradients. Those that were mapped from a file are
+        copied, which is why loading leaves them; whoever draws calls it."""
         for part in (self.autoencoder, self.denoiser):
             if part is not None:
                 part.to(memory_format=torch.channels_last)
@@ -168,13 +167,14 @@ class Bundle(nn.Module):
             prompts: texts, or a batch of what the conditioner takes, such as {"caption": [...]} or {"class": [3, 5]}, where a
                 single number is that of all; or how many pictures, without any.
             sampler: a name in SAMPLERS, {"name": "ddim", "eta": 0.5}, or a function like those.
-            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale"} what is to be
-                another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891).
+            guidance: scale of classifier-free guidance, 1: none; or of {"scale", "low", "high", "rescale", "channels"} what is
+                to be another than the model's: guided where low <= t <= high (2404.07724), rescaled by that share (2305.08891),
+                on the first channels alone. None: everywhere, not at all, on all.
             size: height and width of the pictures.
             x_T: (B,C,h,w) what sampling starts from, in place of noise.
             times: a name in TIMES, {"name": "karras", "rho": 5}, or decreasing times (N+1,) of the process: as they are
                 without ``steps``, else brought to that number (see ``ldm.times.make_times``).
-            callback: called as callback(step, t, x, prediction) at every step of every batch.
+            callback: called as callback(step, t, x, prediction) at every step of every batch; see ``preview``.
             negative_prompt: what guidance leads away from, one text or one for each picture; None: the empty condition.
             batch_size: pictures at a time; None: all.
             indices: numbers of the pictures; None: 0, 1, 2 ...
@@ -190,6 +190,7 @@ class Bundle(nn.Module):
         if self.denoiser is None:
             raise UserError("this checkpoint holds an autoencoder alone, which draws nothing from prompts; "
                             "give the checkpoint of a diffusion model (stage 2)")
+        self.lay_out()
         batch, n = _batch(prompts)
         plan = self.plan(sampler=sampler, steps=steps, times=times, guidance=guidance)
         sampler, guidance = plan["sampler"], plan["guidance"]
@@ -204,7 +205,7 @@ class Bundle(nn.Module):
             if given is not None and len(given) != n:
                 raise UserError(f"{name}: {len(given)} for {n} prompts; it takes as many")
         self.check_conditioner(guidance["scale"])
-        alpha, sigma = (float(c) for c in self.denoiser.process.exact(times[0].double()))
+        alpha, sigma = (float(c) for c in self.denoiser.process.exact(steps_of(times)[0, 0]))
         spread = {None: math.hypot(alpha, sigma), "noise": sigma}.get(start := self.sampling.get("start"), start)
         pictures = []
         if prompt_weights is None:
@@ -230,7 +231,7 @@ class Bundle(nn.Module):
         asked = {"sampler": sampler, "steps": steps, "times": times}
         plan = {key: self.sampling[key] if value is None else value for key, value in asked.items()}
         if not isinstance(plan["times"], (str, Mapping)) and (steps is None and times is not None):
-            plan["steps"] = len(times) - 1
+            plan["steps"] = len(steps_of(torch.as_tensor(times)))
         if not isinstance(plan["steps"], int) or plan["steps"] < 1:
             raise UserError(f"steps: {plan['steps']}; it takes a whole number from 1")
         said = [{} if each is None or each is ... else each if isinstance(each, Mapping) else {"scale": float(each)}
@@ -255,6 +256,8 @@ class Bundle(nn.Module):
             guided = cfg(towards, away, guidance["scale"])
             if guidance["rescale"]:
                 guided = rescale(guided, towards, self.denoiser.process, guidance["rescale"])
+            if guidance["channels"]:
+                guided = on_channels(guided, towards, guidance["channels"])
             low, high = (math.inf * side if at is None else at for side, at in ((-1, guidance["low"]), (1, guidance["high"])))
             denoise = within(low, high, guided, denoise)
         if self.sampling.get("x0"):
@@ -266,6 +269,10 @@ class Bundle(nn.Module):
                 return denoise(x, t)
 
         return in_precision
+
+    def preview(self, guess: Prediction, tile: int | None = None) -> Tensor:
+        """For a ``callback`` of ``generate``: the pictures (B,3,H,W) that the network believes in by then."""
+        return self._decode(guess.x0, tile)
 
     def _decode(self, z: Tensor, tile: int | None) -> Tensor:  # (B,C,h,w) -> (B,3,H,W) in [-1,1]
         rows = max(1, DECODED // (z.shape[2] * z.shape[3] * self.autoencoder.factor**2))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
 from ldm.common.build import Block, build, is_block
+from ldm.common.weights import is_meta
 from ldm.cond import Cond
-from ldm.parameterization import PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
+from ldm.parameterization import MOVING, PARAMETERIZATIONS, STEPWISE, Denoise, Parameterization, Prediction, inverse
 from ldm.process import Process, in_double
 
 LearnedVariance = Literal["fixed", "learned", "learned_range"]
@@ -88,12 +89,14 @@ def linear_map(process: Process, parameterization: str | Parameterization, t: Te
     here = process.exact(t)
     if parameterization in STEPWISE:
         return (*here, *STEPWISE[parameterization](*here, *process.exact(t - 1)))
+    if parameterization in MOVING:
+        return (*here, *MOVING[parameterization](*process.rates(t)))
     return (*here, *_pair(parameterization)(*here))
 
 
 def impossible(process: Process, parameterization: str | Parameterization, variance: str = "fixed") -> list[str]:
     """Why these do not go together; empty if they do."""
-    names = (*PARAMETERIZATIONS, *STEPWISE)
+    names = (*PARAMETERIZATIONS, *STEPWISE, *MOVING)
     if parameterization not in names and not callable(parameterization):
         return [f"no parameterization {parameterization!r}; there are {', '.join(names)}"]
     if variance not in get_args(LearnedVariance):
@@ -142,4 +145,5 @@ def build_denoiser(network: Block, process: Process, parameterization: str | Blo
     if is_block(parameterization):
         parameterization = build(parameterization, allowed=allowed)
     with torch.device("cpu"):  # it asks the process for numbers, which the meta device has none of
-        return Denoiser(network.to(memory_format=torch.channels_last), process, parameterization, variance, self_conditioning)
+        network = network if is_meta(network) else network.to(memory_format=torch.channels_last)
+        return Denoiser(network, process, parameterization, variance, self_conditioning)

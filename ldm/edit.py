@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.guidance import coefficients, of_data, shift_mean, step_from, tilt
 from ldm.parameterization import Denoise, Prediction
-from ldm.process import Process, step_posterior
+from ldm.process import Process, step_posterior, steps_of
 
 Sampler = Callable[..., Tensor]  # (denoise, x, times, process, *, callback, noise) -> x
 LogLikelihood = Callable[[Tensor, Tensor], Tensor]  # (x0 (B,C,h,w), its variance (B,1,1,1)) -> log r, (B,)
@@ -31,11 +31,11 @@ def img2img(x0: Tensor, eps: Tensor, times: Tensor, process: Process, strength: 
         ahead: steps by which the noise is ahead of the first time; CompVis' img2img is 1 step ahead of what it tells
             the network.
     """
-    steps = len(times) - 1
+    steps = len(steps_of(times))
     if not 0 < strength <= 1:
         raise ValueError(f"strength: {strength}; it takes a share of the steps above 0, up to 1")
     first = steps - max(1, int(strength * steps + 1e-9))  # 0.7 * 10 is 7
-    alpha, sigma = _level(process, times, max(0, first - ahead))
+    alpha, sigma = _level(process, steps_of(times)[:, 0], max(0, first - ahead))
     return alpha * x0 + sigma * eps, times[first:]
 
 
@@ -89,6 +89,8 @@ def repaint(sampler: Sampler, known: Tensor, mask: Tensor, *, jump: int = 10, re
     def sample(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *,
                callback: Callable[[int, float, Tensor, Prediction], None] | None = None,
                noise: Callable[[int, tuple[int, ...]], Tensor] | None = None, **options) -> Tensor:
+        if times.ndim != 1:
+            raise ValueError(f"times {tuple(times.shape)}: repaint walks a list (N+1,) up and down, not pairs of times")
         denoise, steps, draws = replace(denoise, known, mask, process), count(), count()
         options |= {"callback": callback and (lambda _, *rest: callback(next(steps), *rest)),
                     "noise": noise and (lambda _, shape: noise(next(draws), shape))}

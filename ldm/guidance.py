@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.cond import Cond
 from ldm.parameterization import PARAMETERIZATIONS, Denoise, Prediction, solve, target
-from ldm.process import Process, StepPosterior, Variance, log_variance
+from ldm.process import Process, StepPosterior, Variance, log_variance, steps_of
 
 Parameterization = Literal["noise", "data", "v", "flow"]
 LogProbability = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,h,w), t (B,)) -> log p(y | x_t), (B,)
@@ -65,7 +65,7 @@ def within(low: float, high: float, inside: Denoise, outside: Denoise) -> Denois
     def denoise(x: Tensor, t: Tensor) -> Prediction:
         chosen = (low <= t) & (t <= high)
         if chosen.all() or not chosen.any():
-            return (inside if chosen[0] else outside)(x, t)
+            return (inside if chosen.any() else outside)(x, t)
         chosen = chosen.view(-1, *[1] * (x.ndim - 1))
         a, b = inside(x, t), outside(x, t)
         var = None if a.var is None or b.var is None else torch.where(chosen, a.var, b.var)
@@ -130,8 +130,8 @@ def _sum(x: Tensor) -> Tensor:  # (B,C,h,w) -> (B,1,1,1)
     return x.sum(dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def _std(x: Tensor) -> Tensor:  # (B,C,h,w) -> (B,1,1,1)
-    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
+def _std(x: Tensor) -> Tensor:  # (B,C,h,w) -> (B,1,1,1); of one number 0
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True, correction=int(math.prod(x.shape[1:]) > 1))
 
 
 def rescale(denoise: Denoise, denoise_cond: Denoise, process: Process, share: float = 0.7,
@@ -148,7 +148,7 @@ def rescale(denoise: Denoise, denoise_cond: Denoise, process: Process, share: fl
         p, q = PARAMETERIZATIONS[of](alpha, sigma)
         guided, cond = denoise(x, t), denoise_cond(x, t)
         f, f_cond = (target(guess.x0, guess.eps, p, q) for guess in (guided, cond))
-        f = share * f * (_std(f_cond) / _std(f)) + (1 - share) * f
+        f = share * f * (_std(f_cond) / _std(f).clamp(min=1e-12)) + (1 - share) * f
         found = solve(x, f, alpha, sigma, p, q)
         return Prediction(found.x0, found.eps, guided.var)
     return rescaled
@@ -183,8 +183,10 @@ def dynamic_threshold(denoise: Denoise, process: Process, quantile: float = 0.99
         most: the greatest s (sample_max_value of diffusers).
     """
     def change(x0: Tensor) -> Tensor:
-        s = torch.stack([row.abs().quantile(quantile) for row in x0.flatten(1)])  # row by row: torch takes 2^24 numbers
-        s = s.clamp(1.0, most).view(-1, *[1] * (x0.ndim - 1))
+        sizes = x0.flatten(1).abs().to(torch.promote_types(x0.dtype, torch.float32))
+        s = [row.quantile(quantile) for row in sizes]  # row by row: torch takes 2^24 numbers
+        s = torch.stack(s) if s else sizes.new_ones(0)
+        s = s.clamp(1.0, most).view(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
         return x0.clamp(-s, s) / s
     return change_data(denoise, process, change, eps)
 
@@ -225,14 +227,14 @@ def shift_mean(guess: Prediction, shift: Tensor, x: Tensor, posterior: StepPoste
 
 
 def step_from(process: Process, times: Tensor, t: Tensor, x: Tensor) -> StepPosterior:
-    """The step that begins at t (B,) in ``times`` (N+1,): fp64, shaped to broadcast against x."""
-    times, shape = times.double().cpu(), (-1, *[1] * (x.ndim - 1))
-    here = (times[:-1] - t.cpu().double()[:, None]).abs().argmin(1)
-    return process.posterior(times[here].view(shape), times[here + 1].view(shape))
+    """The step that begins at t (B,) in ``times``: fp64, shaped to broadcast against x."""
+    steps = steps_of(times)
+    found = steps[(steps[:, 0] - t.cpu().double()[:, None]).abs().argmin(1)]
+    return process.posterior(*(end.view(-1, *[1] * (x.ndim - 1)) for end in found.unbind(1)))
 
 
 def classifier_mean(denoise: Denoise, log_p: LogProbability, scale: float, process: Process, times: Tensor,
-                    variance: Variance = "small", floor: float = 1e-20) -> Denoise:
+                    variance: Variance | float = "small", floor: float = 1e-20) -> Denoise:
     """Classifier guidance, mean form (ADM, algorithm 1): the ancestral step's mean moved by variance * scale * gradient.
 
     For ``ddpm`` alone: give it and this the same ``times`` and variance. The gradient is taken at x_t.

@@ -225,7 +225,8 @@ def ode_likelihood(denoise: Denoise, x0: Tensor, process: Process, *, probes: in
         callback: told the share of the way, 0 to 1, at every step.
     """
     low, high = _levels(process, level)
-    (batch, *shape), dims = x0.shape, x0[0].numel()
+    batch, *shape = x0.shape
+    dims = math.prod(shape)
     y = in_double(x0)
     signs = _units(y) if probes == "exact" else [in_double(_draw(noise, k, y)).sign() for k in range(probes)]
     calls = 0
@@ -356,7 +357,7 @@ def _levels(process: Process, low: float | None) -> tuple[float, float]:
 
 def _units(x: Tensor) -> list[Tensor]:
     """D vectors v (D,) whose mean of v.Jv is the trace of J."""
-    dims = x[0].numel()
+    dims = math.prod(x.shape[1:])
     return list((dims**0.5 * torch.eye(dims, dtype=torch.float64, device=x.device)).view(dims, *x.shape[1:]))
 
 

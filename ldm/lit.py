@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
+from ldm.adapters import Lora, adapt, adapters, problems
 from ldm.classifier import NoisyClassifier, build_classifier, cross_entropy
 from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
@@ -48,6 +49,7 @@ class OnLatents(pl.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.latents, self.statistics, self.seed = latents, statistics, seed
         self.images_seen = 0  # by all processes together
+        self.train()
 
     @property
     def conditioner(self) -> nn.Module | None:
@@ -98,9 +100,9 @@ class OnLatents(pl.LightningModule):
 
     def train(self, mode: bool = True) -> OnLatents:
         super().train(mode)
-        for frozen in (self.autoencoder, self.ema, self.averages):
-            if frozen is not None:
-                frozen.eval()
+        for part in filter(None, (self.autoencoder, self.ema, self.averages, *self.model.children())):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
         return self
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -135,6 +137,7 @@ class DiffusionModule(OnLatents):
         snapshots: averages that are saved along the way, for others of any width after the fact.
         autoencoder_autocast: the autoencoder computes in the precision of the training too (trainer.precision); otherwise it
             stays in that of its weights, since some autoencoders overflow in half.
+        lora: train low-rank changes of a given model alone (``ldm.adapters.Lora``); checkpoints then hold nothing else.
     """
 
     kind = "diffusion"
@@ -142,10 +145,11 @@ class DiffusionModule(OnLatents):
 
     def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
                  process: Process | None = None,
-                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous"] | Preconditioned = "flow",
+                 parameterization: Literal["noise", "data", "v", "flow", "edm", "previous", "velocity"]
+                 | Preconditioned = "flow",
                  variance: Literal["fixed", "learned", "learned_range"] = "fixed",
                  density: Density | None = None,
-                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb"]
+                 weight: Literal["uniform", "simple", "min_snr", "soft_min_snr", "p2", "edm", "sigmoid", "vlb", "velocity"]
                  | Weight = "uniform",
                  distance: Literal["mse", "l1", "huber", "pseudo_huber"] | Huber | PseudoHuber = "mse",
                  uncertainty: Uncertainty | None = None, variational: Variational | None = None,
@@ -154,18 +158,34 @@ class DiffusionModule(OnLatents):
                  schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
                  statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
-                 seed: int = 23, sampling: dict | None = None, autoencoder_autocast: bool = False):
+                 autoencoder_autocast: bool = False, lora: Lora | None = None, seed: int = 23,
+                 sampling: dict | None = None):
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
                                   variance=variance, self_conditioning=self_conditioning)
-        model = {"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner})
+        model = nn.ModuleDict({"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner}))
+        if lora is not None:
+            adapt(model, lora)
         super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
         self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
         self.loss.attach(denoiser.process, variance)
-        self.sampling, self.autoencoder_autocast = dict(sampling or {}), autoencoder_autocast
+        self.sampling, self.autoencoder_autocast, self.lora = dict(sampling or {}), autoencoder_autocast, lora
+        self.strict_loading = lora is None
 
     @property
     def trained(self) -> nn.Module:
         return nn.ModuleDict({"model": self.model, "loss": self.loss})
+
+    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state dict checkpoints hold: all, or of a LoRA training what is trained, and its averages."""
+        if self.lora is None:
+            return state
+        whole = ("autoencoder", "model", "ema", "averages")
+        own = {key: value for key, value in state.items() if key.split(".")[0] not in whole or key.endswith(".updates")}
+        return adapters(state) | own
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["state_dict"] = self.kept(checkpoint["state_dict"])
 
     @property
     def conditioner(self) -> nn.Module | None:
@@ -299,7 +319,8 @@ def _check_params(params: dict, path: str) -> list[str]:
             return [f"{path}.{name}: {error}"]
     process, parameterization = parts["process"] or RectifiedFlow(), parts["parameterization"]
     variance = params.get("variance", "fixed")
-    return [*(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
+    return [*(f"{path}.lora.{problem}" for problem in problems(params.get("lora") or {})),
+            *(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
             *(f"{path}.{problem}" for problem in misfits(process, variance, parts["density"], parts["uncertainty"],
                                                          parts["variational"]))]  # fmt: skip
 

@@ -20,18 +20,28 @@ from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
 from ldm.common.build import plain
 from ldm.common.files import UserError, nearest
-from ldm.interop import adm, compvis, compvis_models, diffusers, pickles
+from ldm.interop import (
+    adm,
+    component,
+    compvis,
+    compvis_models,
+    diffusers,
+    diffusers_pipelines,
+    dit,
+    dit_diffusers,
+    pickles,
+)
 
 log = logging.getLogger(__name__)
 
 READ = ("read are a .ckpt or .safetensors that this program wrote, a run folder, models and autoencoders of CompVis, "
-        "Stability, diffusers and guided-diffusion")
-READERS = (compvis_models, compvis, diffusers, adm)  # of other people's files, the most telling names first
+        "Stability, diffusers, guided-diffusion, DiT and SiT")
+READERS = (compvis_models, compvis, diffusers, dit, dit_diffusers, adm)  # of other people's files, the most telling names first
 PARTS = ("autoencoder", "conditioner", "denoiser")
 LEFT_BEHIND = ("critic", "loss", "regularisers", "averages", "classifier")  # no part of a Bundle
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")  # torch.compile, DistributedDataParallel
 FOREIGN = {  # names of tensors in other people's files -> what such a file is
-    r"lora": "a LoRA, which changes another model and is none by itself",
+    "lora": "a LoRA, which changes another model and is none by itself",
     r"^(first_stage_model|cond_stage_model)\.": "a part of a CompVis or Stable Diffusion checkpoint, without its network",
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
@@ -50,6 +60,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     step: int | None = None
     foreign: bool = False  # written by another program; names and config are ours nevertheless
+    planned: Bundle | None = None  # the model without weights, where the reader had to make it
 
     @property
     def has_ema(self) -> bool:
@@ -77,7 +88,7 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
 
     Args:
         path: .ckpt or .safetensors, or a run folder, of which the finished or else the last checkpoint is taken.
-            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers.
+            Of other programs: an autoencoder's checkpoint of CompVis, an autoencoder's folder of diffusers, a DiT or SiT.
         config: of a foreign file, the yaml that it was trained with; None: the architecture is read from the shapes.
             Our own files hold theirs, which is used; one given here is compared with it.
         ema: take the averaged weights, if there are any, in place of those that the optimizer moves.
@@ -93,7 +104,7 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         _warn_of_differences(found, config)
     about = found.about
     try:
-        bundle = Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
+        bundle = found.planned or Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
     except ValueError as error:
         raise UserError(f"{found.path}: the model that its config describes cannot be built: {error}") from error
     bundle.assign(found.weights(ema), origin=str(found.path))
@@ -102,9 +113,10 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
     device = torch.device(device)
     for part in [bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]:
-        if part is not None:
-            part.to(dtype=dtype or _usable(part, device, found.path))
-    return bundle.to(device)
+        wanted = dtype or (part and _usable(part, device, found.path))
+        if part is not None and wanted:
+            part.to(dtype=wanted)
+    return bundle if device.type == "cpu" else bundle.to(device)
 
 
 def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
@@ -117,20 +129,43 @@ def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
     """A checkpoint's contents, mapped into memory; the model is not built. ``config``: of a foreign file, as for ``load``."""
+    folder = Path(path).expanduser()
+    if diffusers_pipelines.holds(folder):
+        about, tensors, planned = diffusers_pipelines.planned(folder)
+        return Checkpoint(folder, about, tensors, foreign=True, planned=planned)
     file, about, tensors, step = _contents(path)
     if about is None:
         reader = _reader(tensors)
         if reader is None:
             raise UserError(f"{file}: this is {_kind(tensors)}; {READ}")
         tensors = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}  # no "epoch" beside them
-        beside = file.parent / diffusers.CONFIG
-        if config is None and reader is diffusers and beside.is_file():
-            config = diffusers.read_config(beside)
-        given = config if config is None or isinstance(config, Mapping) else configs.load([config])
-        return Checkpoint(file, *reader.read(tensors, plain(given), str(file)), step, foreign=True)
+        given = _given(config, file, reader)
+        if reader is compvis_models:
+            about, tensors, planned = reader.planned(tensors, given, str(file))
+            return Checkpoint(file, about, tensors, step, foreign=True, planned=planned)
+        return Checkpoint(file, *reader.read(tensors, given, str(file)), step, foreign=True)
+    if about.get("kind") == "lora":
+        raise UserError(f"{file}: this is {FOREIGN['lora']}: give the model as --ckpt, this as --lora")
     if about.get("kind") not in ("diffusion", "autoencoder", "classifier") or "model" not in (about.get("config") or {}):
         raise UserError(f"{file}: what it says of itself lacks its kind or the config of its model; {READ}")
     return Checkpoint(file, about, tensors, step)
+
+
+def kind(path: str | Path) -> str:
+    """What a checkpoint holds: "diffusion", "autoencoder", "classifier", or "lora", which is no model by itself."""
+    about = None if diffusers_pipelines.holds(Path(path).expanduser()) else _contents(path)[1]
+    return "lora" if (about or {}).get("kind") == "lora" else read(path).about["kind"]
+
+
+def _given(config: str | Path | Mapping | None, file: Path, reader: ModuleType) -> dict | None:
+    """The config of a foreign file: what is given, over what stands beside the file (a yaml of its name, or the reader's own
+    kind of file)."""
+    if config is None and reader in (compvis_models, compvis) and file.with_suffix(".yaml").is_file():
+        config = file.with_suffix(".yaml")
+        log.info("%s: read by %s beside it", file, config.name)
+    given = config if config is None or isinstance(config, Mapping) else configs.load([config])
+    beside = file.parent / getattr(reader, "CONFIG", "")
+    return plain(component.read_json(beside) | dict(given or {})) if beside.is_file() else plain(given)
 
 
 def load_classifier(path: str | Path, config: str | Path | Mapping | None = None, *, ema: bool = True,
@@ -170,9 +205,6 @@ def find(path: Path) -> Path:
         folder = path.parent
         near = nearest(path.name, [entry.name for entry in folder.iterdir()]) if folder.is_dir() else None
         raise UserError(f"{path}: no such file or folder" + (f"; nearest: {folder / near}" if near else ""))
-    if (path / "model_index.json").is_file():
-        vae = next((f"; its autoencoder alone is in {part}" for part in (path / "vae", path / "vqvae") if part.is_dir()), "")
-        raise UserError(f"{path}: this is a pipeline folder of diffusers{vae}; {READ}")
     tries = [path / "checkpoints" / "last.ckpt", path / "last.ckpt", *(path / name for name in diffusers.WEIGHTS)]
     if (path / "DONE").is_file():
         named = json.loads((path / "DONE").read_text()).get("checkpoint")
@@ -213,7 +245,7 @@ def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]
         raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
-    state = saved.get("state_dict", saved)
+    state = dit.flat(saved.get("state_dict", saved))
     state = state if isinstance(state, dict) else {}
     tensors = {str(key): value for key, value in state.items() if refused is None or isinstance(value, Tensor)}
     if refused and ("ldm" in saved or _reader(tensors) is None):

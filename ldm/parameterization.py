@@ -3,7 +3,8 @@
     [x_t]   [alpha  sigma] [x0 ]
     [ F ] = [  p      q  ] [eps]        inverted: x0 and eps from any network; read forwards: its training target
 
-PARAMETERIZATIONS are functions of the time at hand, STEPWISE of that time and of the one before it on a discrete process.
+PARAMETERIZATIONS are functions of the time at hand, STEPWISE of that time and of the one before it on a discrete process,
+MOVING of the rates at which alpha and sigma change.
 """
 
 from __future__ import annotations
@@ -80,8 +81,14 @@ def previous(alpha: Tensor, sigma: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> 
     return alpha_s, alpha * sigma_s**2 / (alpha_s * sigma)
 
 
+def velocity(alpha_rate: Tensor, sigma_rate: Tensor) -> Pair:
+    """F = alpha' x0 + sigma' eps: how x_t moves as the share of the way to pure noise grows (2209.15571, 2401.08740)."""
+    return alpha_rate, sigma_rate
+
+
 Parameterization = Callable[[Tensor, Tensor], Pair]
 PARAMETERIZATIONS: dict[str, Parameterization] = {"noise": noise, "data": data, "v": v, "flow": flow, "edm": Preconditioned()}
+MOVING: dict[str, Parameterization] = {"velocity": velocity}
 STEPWISE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Pair]] = {"previous": previous}
 
 

@@ -18,8 +18,9 @@ from ldm.betas import SCHEDULES, numbers, spaced, zero_terminal_snr
 from ldm.common.files import UserError
 
 Number = Tensor | float
+Between = Literal["log_alpha", "log_snr", "level"]
+Tells = Literal["step", "thousandth", "whole", "below"]
 Variance = Literal["small", "large", "learned", "learned_range"]
-Told = Literal["exact", "nearest", "below"]  # between the steps of training: that time, or a step's
 
 
 class StepPosterior(NamedTuple):
@@ -42,15 +43,15 @@ def step_posterior(alpha: Number, sigma: Number, alpha_s: Number, sigma_s: Numbe
     return StepPosterior(alpha_s * beta / sigma**2, a * share, beta * share, beta)
 
 
-def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Variance = "small",
+def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Variance | float = "small",
                  floor: Number = 1e-20) -> Tensor:
     """Log of the variance of p(x_s | x_t), in the type of ``var`` (fp64 without), which ``posterior`` broadcasts against.
 
     Args:
         var: what the network says of it (B,C,h,w).
-        kind: small: that of the posterior; large: beta (DDPM, section 3.2); learned: ``var`` is the log variance;
-            learned_range: between the two, log = v log(beta) + (1 - v) log(variance) with v = (var + 1) / 2
-            (Improved DDPM, 2102.09672, eq. 15).
+        kind: small: that of the posterior; large: beta (DDPM, section 3.2); a number: that share of the way from small to
+            large (LDM's v_posterior); learned: ``var`` is the log variance; learned_range: between the two,
+            log = v log(beta) + (1 - v) log(variance) with v = (var + 1) / 2 (Improved DDPM, 2102.09672, eq. 15).
         floor: stands for the variance 0 of the step to the data. Improved DDPM takes the variance of the step before
             it, ``process.posterior(1, 0).variance``; CompVis 1e-20.
     """
@@ -61,18 +62,22 @@ def log_variance(posterior: StepPosterior, var: Tensor | None = None, kind: Vari
     if kind == "learned_range":
         share = (var + 1) / 2
         return share * beta.log().to(var) + (1 - share) * small.to(var)
-    fixed = small if kind == "small" else torch.where(variance > 0, beta, floor).log()
+    if isinstance(kind, str):
+        fixed = small if kind == "small" else torch.where(variance > 0, beta, floor).log()
+    else:
+        fixed = torch.lerp(variance, beta, kind).maximum(floor).log()
     return fixed if var is None else fixed.to(var)
-
-
-def whole(t: Tensor, told: Told) -> Tensor:
-    """What a network is told of the time t."""
-    return {"exact": t, "nearest": t.round(), "below": t.floor()}[told]
 
 
 def in_double(t: Tensor) -> Tensor:
     """In fp64, on the processor where t's device is one of Apple's, which have none."""
     return (t.cpu() if t.device.type == "mps" else t).double()
+
+
+def steps_of(times: Tensor) -> Tensor:
+    """Times (N+1,), or steps (N,2) as they are -> (N,2): where each step begins and where it ends, fp64, on the CPU."""
+    times = times.cpu().double()
+    return times if times.ndim == 2 else torch.stack([times[:-1], times[1:]], 1)
 
 
 class Process:
@@ -93,14 +98,25 @@ class Process:
         """alpha(t) and sigma(t) in fp64."""
         raise NotImplementedError
 
+    def share(self, t: Number) -> Number:
+        """Of the way from clean data (0) to t_max (1)."""
+        return (t - self.t_data) / (self.t_max - self.t_data)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha' = d alpha / du and sigma' in fp64, u the ``share`` of the way: dx_t / du = alpha' x0 + sigma' eps."""
+        with torch.inference_mode(False), torch.enable_grad():
+            t = t.detach().clone().requires_grad_()
+            return tuple((self.t_max - self.t_data) * torch.autograd.grad(c.sum(), t, retain_graph=True)[0]
+                         if c.requires_grad else torch.zeros_like(t) for c in self.exact(t))  # fmt: skip
+
     def log_snr(self, t: Tensor) -> Tensor:
         """lambda(t) = log(alpha / sigma), half of the log signal-to-noise ratio (DPM-Solver, 2206.00927)."""
-        alpha, sigma = self.exact(t.double())
+        alpha, sigma = self.exact(in_double(t))
         return alpha.log() - sigma.log()
 
     def when(self, log_snr: Tensor) -> Tensor:
         """The inverse of ``log_snr``, fp64, by search: the time where lambda(t) is that, or the nearest end."""
-        wanted = log_snr.double().unsqueeze(-1)
+        wanted = in_double(log_snr).unsqueeze(-1)
         low, high = torch.full_like(wanted, self.t_data), torch.full_like(wanted, self.t_max)
         shares = torch.linspace(0, 1, 65, dtype=torch.float64, device=wanted.device)
         for _ in range(9):  # 64^9 parts
@@ -133,21 +149,27 @@ class Process:
 class Discrete(Process):
     """T steps, t = 0..T-1: alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar).
 
-    alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t; or, for times between
-    the steps, whether that time or the nearest step, or the one below (diffusers' DPM-Solver, UniPC and DEIS on "karras" and
-    "exponential").
+    Args:
+        alpha_bar: (T,) fp64, decreasing; told: (T,) what the network is told of each step, in place of t.
+        between: what is linear from one step to the next: "log_alpha", the VP diffusion whose beta is constant there;
+            "log_snr", log(alpha / sigma), as in k-diffusion; "level", sigma / alpha, as diffusers' Euler, Heun and LMS.
+        tells: what the network is told: "step", t; "thousandth", 1000 t / T (Improved DDPM's rescale_timesteps); "whole", t
+            rounded (k-diffusion's quantize; diffusers' solvers on "karras"), "below", t cut (theirs on other levels).
     """
 
     t_data = -1.0
     t_min = 0.0
 
-    def __init__(self, alpha_bar: Tensor, told: Tensor | Told = "exact"):
-        self.alpha_bar = alpha_bar
+    def __init__(self, alpha_bar: Tensor, told: Tensor | None = None, between: Between = "log_alpha", tells: Tells = "step"):
+        self.alpha_bar, self.between, self.tells = alpha_bar, between, tells
         self.t_max = float(len(alpha_bar) - 1)
         self.straight = float(alpha_bar[-1]) < 1e-6  # else sigma/alpha is 1000 and more at the end
+        if between == "level" and alpha_bar[-1] == 0:
+            raise UserError("between 'level': sigma / alpha has no end where the last step is pure noise; take 'log_alpha'")
         # index 0 is the data (t = -1), index k is t = k - 1
         self._log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * alpha_bar.log()])
-        self.told = torch.cat([-torch.ones(1, dtype=torch.float64), told.double()]) if isinstance(told, Tensor) else told
+        self._log_snr = self._log_alpha - 0.5 * torch.log(-torch.expm1(2 * self._log_alpha))
+        self._told = None if told is None else torch.cat([-torch.ones(1, dtype=torch.float64), told.double()])
 
     @property
     def betas(self) -> Tensor:  # (T,) fp64
@@ -155,17 +177,27 @@ class Discrete(Process):
         return 1 - self.alpha_bar / previous
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Between steps log(alpha) is linear: the VP diffusion whose beta is constant from one step to the next."""
         log_alpha = _between(self._log_alpha.to(t.device), t)
+        if self.between != "log_alpha":  # but for the way to the data, where these are infinite
+            log_snr, inside = self._log_snr.to(t.device), (t > 0) & (t < self.t_max)
+            found = _between(log_snr, t) if self.between == "log_snr" else -_between((-log_snr).exp(), t).log()
+            log_alpha = torch.where(inside, 0.5 * torch.nn.functional.logsigmoid(2 * found), log_alpha)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).clamp(min=0).sqrt()
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the differences between the steps before and after t, at the ends of those to the next."""
+        low, high = (t - 1).clamp(min=self.t_data), (t + 1).clamp(max=self.t_max)
+        way = (self.t_max - self.t_data) / (high - low)
+        return tuple(way * (after - before) for before, after in zip(self.exact(low), self.exact(high), strict=True))
+
     def time(self, t: Tensor) -> Tensor:
-        if isinstance(self.told, str):
-            return t if self.told == "exact" else whole(t - BELOW * (self.told == "below"), self.told).clamp(min=0)
-        return _between(self.told.to(t.device, torch.float32), t).to(t.dtype if t.is_floating_point() else torch.float32)
-
-
-BELOW = 2e-4  # a level that was found as exp(log(sigma)) lies a little below its step, and is told as the one before
+        dtype = t.dtype if t.is_floating_point() else torch.float32
+        if self._told is not None:
+            t = _between(self._told.to(t.device, torch.float32), t).to(dtype)
+        if self.tells == "thousandth":
+            return (t * (1000.0 / len(self.alpha_bar))).to(dtype)
+        # a level that was found as exp(log(sigma)) lies a little below its step, and is told as the one before
+        return {"whole": t.round(), "below": (t - 2e-4).floor().clamp(min=0)}.get(self.tells, t)
 
 
 def _between(table: Tensor, t: Tensor) -> Tensor:
@@ -181,19 +213,24 @@ class DDPM(Discrete):
     """T steps from a schedule of betas.
 
     Args:
-        start, end: first and last beta of the schedule (its own default if None).
+        start, end: first and last beta of the schedule (its own default if None). Improved DDPM scales those of "linear" with
+            the steps: 0.1 / T and 20 / T.
         zero_terminal: rescale so that the last step is pure noise; not with noise prediction.
         floor: the least alpha_bar; above 0, the last step of ``zero_terminal`` has a sigma / alpha (diffusers: 2^-24).
-        told: see ``Discrete``; or "thousandths": t * 1000 / steps (Improved DDPM's rescale_timesteps).
+        between, tells: see ``Discrete``.
     """
 
     def __init__(self, schedule: Literal["linear", "scaled_linear", "sqrt", "cosine", "sigmoid"] = "scaled_linear",
                  steps: int = 1000, start: float | None = None, end: float | None = None, zero_terminal: bool = False,
-                 floor: float = 0.0, told: Told | Literal["thousandths"] = "exact"):
+                 floor: float = 0.0, between: Between = "log_alpha", tells: Tells = "step"):
         given = {k: v for k, v in (("start", start), ("end", end)) if v is not None}
-        alpha_bar = torch.cumprod(1 - SCHEDULES[schedule](steps, **given), 0)
-        told = torch.arange(steps, dtype=torch.float64) * (1000 / steps) if told == "thousandths" else told
-        super().__init__((zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor), told)
+        betas = SCHEDULES[schedule](steps, **given)
+        if steps < 1 or not ((betas > 0) & (betas < 1)).all():
+            raise UserError(f"DDPM: schedule {schedule!r}, steps {steps}, start {start}, end {end}: expected a step or more, "
+                            f"and betas between 0 and 1, got {betas[:1].tolist()} to {betas[-1:].tolist()}")
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        alpha_bar = (zero_terminal_snr(alpha_bar) if zero_terminal else alpha_bar).clamp(min=floor)
+        super().__init__(alpha_bar, between=between, tells=tells)
 
 
 class Table(Discrete):
@@ -201,13 +238,13 @@ class Table(Discrete):
 
     Args:
         alpha_bar: products of 1 - beta, decreasing from below 1 to 0 or above; betas: in their place. One of both.
-        zero_terminal, floor, told: see ``DDPM``.
+        zero_terminal, floor, between, tells: see ``DDPM``.
 
     A checkpoint holds the numbers themselves: ``block`` is this process's config without the file.
     """
 
     def __init__(self, alpha_bar: list[float] | Path | None = None, betas: list[float] | Path | None = None,
-                 zero_terminal: bool = False, floor: float = 0.0, told: Told = "exact"):
+                 zero_terminal: bool = False, floor: float = 0.0, between: Between = "log_alpha", tells: Tells = "step"):
         if (alpha_bar is None) == (betas is None):
             raise UserError("a table of noise levels is given as alpha_bar or as betas: one of both")
         table = numbers("alpha_bar", alpha_bar) if betas is None else torch.cumprod(1 - numbers("betas", betas), 0)
@@ -217,10 +254,9 @@ class Table(Discrete):
             k = wrong[0]
             raise UserError(f"alpha_bar[{k}] is {float(table[k]):g} after {float(before[k]):g}: alpha-bar, the product of "
                             "1 - beta, has to decrease at every step, from below 1 and not below 0")
-        super().__init__((zero_terminal_snr(table) if zero_terminal else table).clamp(min=floor), told)
-        self.block = {"target": "ldm.process.Table", "params": {"alpha_bar": self.alpha_bar.tolist()}}
-        if told != "exact":
-            self.block["params"]["told"] = told
+        super().__init__((zero_terminal_snr(table) if zero_terminal else table).clamp(min=floor), between=between, tells=tells)
+        self.block = {"target": "ldm.process.Table",
+                      "params": {"alpha_bar": self.alpha_bar.tolist(), "between": between, "tells": tells}}
 
 
 def respaced(process: Discrete, kept: list[int] | str) -> Discrete:
@@ -234,7 +270,7 @@ def respaced(process: Discrete, kept: list[int] | str) -> Discrete:
     if not kept or kept[0] < 0 or kept[-1] >= steps:
         raise UserError(f"kept: expected steps between 0 and {steps - 1}, got {kept[:1]} to {kept[-1:]}")
     rows = torch.tensor(kept)
-    found = Discrete(process.alpha_bar[rows], process.time(rows.double()))
+    found = Discrete(process.alpha_bar[rows], process.time(rows.double()), process.between)
     if hasattr(process, "block"):
         found.block = {"target": "ldm.process.respaced", "params": {"process": process.block, "kept": kept}}
     return found
@@ -290,16 +326,17 @@ class RectifiedFlow(Process):
     Args:
         shift: resolution shift s of 2403.03206, eq. 23: t -> s t / (1 + (s - 1) t); above 1 means more noise. Or how it
             follows from the number of tokens of a picture: see ``sd3_shift``, ``flux_shift``.
-        told: 1000 sigma, exactly or as a whole number.
+        tells: what the network is told: 1000 sigma, or the whole number below it (diffusers' solvers on a flow).
     """
 
     t_min, t_max = 0.0, 1.0
     straight = True
 
-    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None, told: Told = "exact"):
+    def __init__(self, shift: float | Literal["sd3", "flux"] = 1.0, tokens: int | None = None,
+                 tells: Literal["exact", "below"] = "exact"):
         if isinstance(shift, str) != (tokens is not None):
             raise UserError(f"shift {shift!r} with tokens {tokens}: 'sd3' and 'flux' need tokens, a number takes none")
-        self.shift, self.told = SHIFTS[shift](tokens) if isinstance(shift, str) else shift, told
+        self.shift, self.tells = SHIFTS[shift](tokens) if isinstance(shift, str) else shift, tells
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.shift * t / (1 + (self.shift - 1) * t)
@@ -307,27 +344,28 @@ class RectifiedFlow(Process):
 
     def time(self, t: Tensor) -> Tensor:
         """The network is told sigma, not t, so a shift does not change what it knows."""
-        return whole(1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype), self.told)
+        time = 1000.0 * self.exact(in_double(t))[1].to(t.device, t.dtype)
+        return time.floor() if self.tells == "below" else time
 
 
 class EDM(Process):
     """Variance exploding, alpha = 1, sigma = t in [sigma_min, sigma_max] (2206.00364).
 
     Args:
-        told: c_noise = ln(sigma) / 4 as it is (diffusers, CosXL), or brought to the range 0..1000 that other processes have.
+        tells: c_noise = ln(sigma) / 4 as it is (diffusers, CosXL), or brought to the range 0..1000 that other processes have.
     """
 
-    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, told: Literal["thousand", "c_noise"] = "thousand"):
-        self.t_min, self.t_max, self.told = sigma_min, sigma_max, told
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, tells: Literal["thousand", "c_noise"] = "thousand"):
+        self.t_min, self.t_max, self.tells = sigma_min, sigma_max, tells
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
 
     def when(self, log_snr: Tensor) -> Tensor:
-        return torch.exp(-log_snr.double())
+        return torch.exp(-in_double(log_snr))
 
     def time(self, t: Tensor) -> Tensor:
-        if self.told == "c_noise":
+        if self.tells == "c_noise":
             return t.clamp(min=self.t_min).log() / 4
         low, high = math.log(self.t_min), math.log(self.t_max)
         return 1000.0 * (t.clamp(min=self.t_min).log() - low) / (high - low)

@@ -1,4 +1,5 @@
 """Lists of times for samplers: (process, n) -> (n + 1,) decreasing, fp64, from t_max to the time of clean data.
+An ``overlap`` gives steps (n, 2) in their place, from where and to where each goes.
 
 Lists of the first kind space the times themselves, those of the second the noise levels sigma/alpha (the sigma of
 k-diffusion), which every process has: a level becomes a time by inverting sigma(t)/alpha(t). Lists of published samplers
@@ -19,6 +20,7 @@ from ldm.process import Process
 
 Times = Callable[..., Tensor]
 End = Literal["data", "first"]  # a list ends at clean data, or at t_min, the noise of the first training step
+Over = Literal["level", "sigma"]  # what is spaced: sigma / alpha, which is the sigma of k-diffusion; or a flow's own sigma
 
 ENDLESS = (0.002, 80.0)  # noise levels between which a process is walked that goes on to 0 or infinity (EDM's)
 
@@ -26,66 +28,75 @@ ENDLESS = (0.002, 80.0)  # noise levels between which a process is walked that g
 # Times.
 
 
-def linear(process: Process, n: int, *, end: End = "data", round: bool = False) -> Tensor:
+def linear(process: Process, n: int, *, end: End = "data", round: bool = False, overlap: bool = False) -> Tensor:
     """n + 1 evenly spaced times from t_max to t_data: "trailing" for discrete kinds (2305.08891, table 2).
 
-    round: to whole steps (discrete kinds), as diffusers does where n does not divide T.
+    round: to whole steps (discrete kinds), as diffusers does where n does not divide T. overlap: see ``linspace``.
     """
     times = torch.linspace(process.t_max, process.t_data, n + 1, dtype=torch.float64)
     if round:
         _steps(process, n, "linear")
         times = (times + 1).round() - 1  # ties go to even numbers as they count, from 1
-    return _ended(times, process, end)
+    return _back(times[:-1], process, n, end) if overlap else _then(times[:-1], process, end)
 
 
-def shifted(process: Process, n: int, *, shift: float = 3.0, high: float = 1.0, low: float = 0.0) -> Tensor:
+def shifted(process: Process, n: int, *, shift: float = 3.0, first: float = 1.0, last: float = 0.0) -> Tensor:
     """Linear times moved towards noise: share u -> shift * u / (1 + (shift - 1) * u) (2403.03206, eq. 23).
 
-    high, low: u goes from the one to the other, which is not reached: clean data is in its place (diffusers' solvers).
+    first: the share u that they begin at; diffusers' use_flow_sigmas: 1 - 1 / T = 0.999. last: the one that they would end at, in
+    whose place is clean data.
     """
-    share = _shift(torch.linspace(high, low, n + 1, dtype=torch.float64), shift)
+    share = _shift(torch.linspace(first, last, n + 1, dtype=torch.float64), shift)
     return _at_shares(process, torch.cat([share[:-1], share.new_zeros(1)]))
 
 
-def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None,
-               spacing: Literal["even", "karras", "exponential", "beta"] = "even") -> Tensor:
+def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.001, terminal: float | None = None) -> Tensor:
     """diffusers' FlowMatchEuler: n even shares from 1 to `low`, shifted; then clean data.
 
     Its trap: with a fixed shift the training table's lowest share, 0.001, is shifted already, so that the low end is
     shifted twice: low = shift * 0.001 / (1 + (shift - 1) * 0.001) says the same. terminal: the shares are stretched about
-    1 so that the last is this one. spacing: between the first and the last share in another way: even after the 7th root, in
-    even ratios, or as quantiles of Beta(0.6, 0.6).
+    1 so that the last is this one.
     """
     share = _shift(torch.linspace(1, low, n, dtype=torch.float64), shift)
     if terminal is not None:
         share = 1 - (1 - share) * (1 - terminal) / (1 - share[-1])
-    high, low = share[0], share[-1]
-    ramp = torch.linspace(0, 1, n, dtype=torch.float64)
-    if spacing == "karras":
-        share = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-    elif spacing == "exponential":
-        share = high * (low / high) ** ramp
-    elif spacing == "beta":
-        share = low + _quantiles(1 - ramp, 0.6, 0.6) * (high - low)
     return _at_shares(process, torch.cat([share, share.new_zeros(1)]))
 
 
-def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
-    """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173)."""
-    return _at_shares(process, _quantiles(torch.linspace(1, 0, n + 1, dtype=torch.float64), alpha, beta))
+def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sigma_min: float | None = None,
+         sigma_max: float | None = None, span: Spec | None = None, over: Literal["time", "level", "sigma"] = "time") -> Tensor:
+    """Quantiles of Beta(alpha, beta): below 1 both, more steps at the two ends (2407.12173).
+
+    over: the time axis; or n of them over noise levels, or over a flow's own sigma, from sigma_max to sigma_min, then clean
+    data (diffusers' use_beta_sigmas). span: see ``karras``.
+    """
+    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
+    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
+    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
+    total = torch.cumulative_trapezoid(density, logit)
+    even = torch.linspace(1, 0, n + (over == "time"), dtype=torch.float64)
+    found = _interpolate(even, total / total[-1], share[1:])
+    found[even == 1], found[even == 0] = 1, 0
+    if over == "time":
+        return _at_shares(process, found)
+    low, high = _range(process, sigma_min, sigma_max, over, span, n)
+    return _at_levels(process, low + found * (high - low), over, whole=sigma_max is span is None)
 
 
-def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data") -> Tensor:
+def linspace(process: Process, n: int, *, points: Literal["n", "n+1"] = "n", round: bool = True, end: End = "data",
+             overlap: bool = False) -> Tensor:
     """Even times from t_max to t_min, both among them, then clean data (2305.08891, table 2). Not for flows: t_min is clean.
 
     Discrete kinds: points "n+1" leaves out the last, t_min, as diffusers' DPM-Solver, UniPC and DEIS do; round: to whole
-    steps (not in diffusers' Euler, Heun, LMS).
+    steps (not in diffusers' Euler, Heun, LMS); overlap: every step goes back by T // n, beyond where the next one begins
+    (diffusers' DDIM and PNDM).
     """
     if process.t_min == process.t_data:
         raise ValueError(f"times 'linspace' hold t_min and then clean data, which {type(process).__name__} has at the same "
                          "time; take 'linear'")
     times = torch.linspace(process.t_max, process.t_min, n + (points == "n+1"), dtype=torch.float64)[:n]
-    return _then(times.round() if round and process.t_data < 0 else times, process, end)
+    times = times.round() if round and process.t_data < 0 else times
+    return _back(times, process, n, end) if overlap else _then(times, process, end)
 
 
 def leading(process: Process, n: int, *, offset: int = 1, divide: Literal["n", "n+1"] = "n", end: End = "data") -> Tensor:
@@ -116,52 +127,64 @@ def quadratic(process: Process, n: int) -> Tensor:
     return _ladder(ladder.unique(), process, "first", "quadratic")
 
 
-def distilled(process: Process, n: int, *, of: int = 50, end: End = "data") -> Tensor:
-    """n of the ``of`` even steps that a consistency model was distilled on, the last among them (LCM, 2310.04378, as in
-    diffusers). Discrete kinds only."""
-    steps = _steps(process, of, "distilled")
-    if n > of:
-        raise ValueError(f"times 'distilled': {n} steps, but the model was distilled on {of}; take {of} at most")
-    chosen = of - torch.arange(n) * of // n  # floor of even places
-    return _ladder((chosen * (steps // of) - 1).flip(0), process, end, "distilled")
+def lcm(process: Process, n: int, *, trained: int = 50, end: End = "data") -> Tensor:
+    """n of the ``trained`` even times that a consistency model was distilled at, from the last training step; then clean
+    data (LCM, 2310.04378; diffusers' LCM, and with end "first" its TCD). Discrete kinds only."""
+    steps = _steps(process, trained, "lcm")
+    if n > trained:
+        raise ValueError(f"times 'lcm': {n} steps of the {trained} that it was trained at; take {trained} at most")
+    ladder = (torch.arange(1, trained + 1) * (steps // trained) - 1).flip(0)
+    return _then(ladder[torch.arange(n) * trained // n].double(), process, end)
 
 
 # Noise levels.
 
 
 def karras(process: Process, n: int, *, rho: float = 7.0, sigma_min: float | None = None, sigma_max: float | None = None,
-           span: Spec | None = None, end: End = "data", round: bool = False) -> Tensor:
+           span: Spec | None = None, end: End = "data", round: bool = False, over: Over = "level") -> Tensor:
     """n levels, even after the root of order rho, then clean data (EDM, 2206.00364, eq. 5). Every process.
 
     sigma_min, sigma_max: the process's own, or 0.002 and 80 where that is 0 or infinite, as k-diffusion and diffusers' DPM
     have it. span: another list of n times, between whose first and last levels these lie (diffusers' Euler, Heun, LMS).
-    round: to whole steps, at which a network was trained (discrete kinds).
+    round: to whole steps, at which a network was trained (discrete kinds). over: "sigma" as diffusers' flow matching, on flows.
     """
-    low, high = _range(process, sigma_min, sigma_max, span, n)
+    low, high = _range(process, sigma_min, sigma_max, over, span, n)
     ramp = torch.linspace(0, 1, n, dtype=torch.float64)
     levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    return _at_levels(process, levels, whole=sigma_max is span is None, round=round, end=end)
+    return _at_levels(process, levels, over, whole=sigma_max is span is None, round=round, end=end)
 
 
 def polyexponential(process: Process, n: int, *, rho: float = 1.0, sigma_min: float | None = None,
-                    sigma_max: float | None = None, span: Spec | None = None, end: End = "data", round: bool = False) -> Tensor:
+                    sigma_max: float | None = None, span: Spec | None = None, end: End = "data", round: bool = False,
+                    over: Over = "level") -> Tensor:
     """n levels whose logarithms follow a ramp to the power rho, then clean data (k-diffusion). Every process."""
-    low, high = _range(process, sigma_min, sigma_max, span, n)
+    low, high = _range(process, sigma_min, sigma_max, over, span, n)
     ramp = torch.linspace(1, 0, n, dtype=torch.float64) ** rho
     levels = torch.exp(math.log(low) + ramp * math.log(high / low))
-    return _at_levels(process, levels, whole=sigma_max is span is None, round=round, end=end)
+    return _at_levels(process, levels, over, whole=sigma_max is span is None, round=round, end=end)
 
 
 def exponential(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None,
-                span: Spec | None = None, end: End = "data", round: bool = False) -> Tensor:
+                span: Spec | None = None, end: End = "data", round: bool = False, over: Over = "level") -> Tensor:
     """n levels in even ratios, then clean data (k-diffusion; diffusers' exponential and "lu lambdas"). Every process."""
-    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, span=span, end=end, round=round)
+    return polyexponential(process, n, sigma_min=sigma_min, sigma_max=sigma_max, span=span, end=end, round=round, over=over)
 
 
 def log_snr(process: Process, n: int, *, sigma_min: float | None = None, sigma_max: float | None = None) -> Tensor:
     """n + 1 levels in even ratios, so n equal steps of log(alpha / sigma) (DPM-Solver, 2206.00927, section 3.3). Every
     process; ends at sigma_min, not at clean data, as theirs."""
     return exponential(process, n + 1, sigma_min=sigma_min, sigma_max=sigma_max)[:-1]
+
+
+def dpm_fast(process: Process, n: int, *, order: int = 3, sigma_min: float | None = None,
+             sigma_max: float | None = None) -> Tensor:
+    """For the sampler "dpm_fast": its blocks are equal steps of log(alpha / sigma), each in even parts (k-diffusion; n + 1
+    levels). Every process; ends at sigma_min."""
+    low, high = (math.log(level) for level in _range(process, sigma_min, sigma_max))
+    sizes = blocks(n, order)
+    place = torch.cat([k + torch.arange(size, dtype=torch.float64) / size for k, size in enumerate(sizes)])
+    levels = torch.exp(high + (low - high) / len(sizes) * torch.cat([place, place.new_tensor([len(sizes)])]))
+    return _at_levels(process, levels, whole=sigma_max is None)[:-1]
 
 
 def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1, sigma_min: float | None = None,
@@ -172,16 +195,7 @@ def vp(process: Process, n: int, *, beta_d: float = 19.9, beta_min: float = 0.1,
         (math.sqrt(beta_min**2 + 2 * beta_d * b) - beta_min) / beta_d
         for b in (math.log1p(level**2) for level in _range(process, sigma_min, sigma_max)))
     t = torch.linspace(high, low, n, dtype=torch.float64)
-    return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), whole=sigma_max is None)
-
-
-def beta_levels(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sigma_min: float | None = None,
-                sigma_max: float | None = None, span: Spec | None = None) -> Tensor:
-    """n levels at quantiles of Beta(alpha, beta), both ends among them, then clean data (diffusers' "beta sigmas": not
-    2407.12173, which spaces times so: see ``beta``). Every process."""
-    low, high = _range(process, sigma_min, sigma_max, span, n)
-    share = _quantiles(torch.linspace(1, 0, n, dtype=torch.float64), alpha, beta)
-    return _at_levels(process, low + share * (high - low), whole=sigma_max is span is None)
+    return _at_levels(process, torch.expm1(beta_d * t**2 / 2 + beta_min * t).sqrt(), "level", whole=sigma_max is None)
 
 
 def sigmas(process: Process, n: int, *, values: Sequence[float]) -> Tensor:
@@ -208,11 +222,21 @@ ays_sd1 = _align([14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399
 ays_sdxl = _align([14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029])
 
 
+def blocks(n: int, order: int, lower_order_final: bool = True, clean: bool = False) -> list[int]:
+    """How singlestep methods share out n calls of the network: in blocks of ``order``; the rest is the last block, and where
+    there is none the last block becomes two, for a last step of first order (DPM-Solver-fast, 2206.00927). clean: the last
+    step, to clean data, is of first order in any case."""
+    sizes = [order] * (n // order) + [n % order] * (n % order > 0)
+    if sizes and sizes[-1] > 1 and (clean or (lower_order_final and sizes[-1] == order)):
+        sizes[-1:] = [sizes[-1] - 1, 1]
+    return sizes
+
+
 TIMES: dict[str, Times] = {
     "linear": linear, "trailing": linear, "leading": leading, "linspace": linspace, "compvis": compvis,
-    "quadratic": quadratic, "distilled": distilled, "shifted": shifted, "flow_match": flow_match, "beta": beta,
-    "karras": karras, "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "vp": vp,
-    "beta_levels": beta_levels, "sigmas": sigmas, "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
+    "quadratic": quadratic, "lcm": lcm, "shifted": shifted, "flow_match": flow_match, "beta": beta, "karras": karras,
+    "exponential": exponential, "polyexponential": polyexponential, "log_snr": log_snr, "dpm_fast": dpm_fast, "vp": vp,
+    "sigmas": sigmas, "ays_sd1": ays_sd1, "ays_sdxl": ays_sdxl,
 }  # fmt: skip
 
 
@@ -220,16 +244,20 @@ def make_times(spec: Spec | Sequence[float] | Tensor, process: Process, n: int |
     """The times that a name, {name: ..., option: ...} or a list of times asks for.
 
     A list (M + 1,) is what it says where n is None or M; else the logarithms of its noise levels are interpolated to n
-    steps, its ends being kept ("align your steps", 2404.14507).
+    steps, its ends being kept ("align your steps", 2404.14507). Steps (M,2), from where and to where, are what they say.
     """
     if isinstance(spec, (str, Mapping)):
         return pick(spec, TIMES, "times")(process, n)
     times = torch.as_tensor(spec, dtype=torch.float64)
     low, high = min(process.t_data, process.t_min), process.t_max
-    if not (times.ndim == 1 and len(times) > 1 and (times.diff() < 0).all() and times[0] <= high and times[-1] >= low):
+    pairs = times.ndim == 2 and times.shape[1] == 2
+    falling = (times.diff() < 0).all() if pairs or times.ndim == 1 else False
+    if not (falling and times.numel() > 1 and times.max() <= high and times.min() >= low):
         raise ValueError(f"times: expected two or more decreasing times from {high:g} down to {low:g} at most, got "
                          f"{times.tolist()}")
-    return times if n is None or n == len(times) - 1 else _stretched(process, times, n)
+    if pairs and n not in (None, len(times)):
+        raise ValueError(f"times: {len(times)} steps from and to where cannot be brought to {n}; give a list of times")
+    return times if pairs or n is None or n == len(times) - 1 else _stretched(process, times, n)
 
 
 def _when(process: Process, log_snr: Tensor) -> Tensor:
@@ -242,25 +270,16 @@ def _shift(share: Tensor, shift: float) -> Tensor:
     return shift * share / (1 + (shift - 1) * share)
 
 
-def _quantiles(shares: Tensor, alpha: float, beta: float) -> Tensor:
-    """Of Beta(alpha, beta)."""
-    logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
-    share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
-    density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
-    total = torch.cumulative_trapezoid(density, logit)
-    found = _interpolate(shares, total / total[-1], share[1:])
-    return torch.where(shares == 0, 0.0, torch.where(shares == 1, 1.0, found))
-
-
 def _at_shares(process: Process, share: Tensor) -> Tensor:
     """Shares of the way from clean data (0) to t_max (1) -> times."""
     times = process.t_data + share * (process.t_max - process.t_data)
     return torch.where(share == 1, process.t_max, times)
 
 
-def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = False, end: End = "data") -> Tensor:
+def _at_levels(process: Process, levels: Tensor, over: Over = "level", *, whole: bool, round: bool = False,
+               end: End = "data") -> Tensor:
     """Noise levels (n,) -> times, then the end. whole: the first is t_max itself."""
-    times = _when(process, -levels.log())
+    times = _when(process, -(levels if over == "level" else levels / (1 - levels)).log())
     if whole:
         times[0] = process.t_max
     if round:
@@ -269,18 +288,21 @@ def _at_levels(process: Process, levels: Tensor, *, whole: bool, round: bool = F
     return _then(times, process, end)
 
 
-def _range(process: Process, low: float | None, high: float | None, span: Spec | None = None, n: int = 1
+def _range(process: Process, low: float | None, high: float | None, over: Over = "level", span: Spec | None = None, n: int = 1
            ) -> tuple[float, float]:
     """The least and the greatest level: what is asked for, else those of a list of n times before its end, else those of
     t_min and t_max, as far as they are numbers."""
     if span is not None:
         last, first = torch.exp(-process.log_snr(make_times(span, process, n)[[-2, 0]])).tolist()
         low, high = last if low is None else low, first if high is None else high
+    if over == "sigma" and float(sum(process.exact(torch.tensor(0.5, dtype=torch.float64)))) != 1:
+        raise ValueError(f"times over 'sigma' are for flows, where alpha = 1 - sigma; {type(process).__name__} takes 'level'")
     own = torch.exp(-process.log_snr(torch.tensor([process.t_min, process.t_max], dtype=torch.float64))).tolist()
     low = (own[0] if own[0] > 0 else ENDLESS[0]) if low is None else low
-    high = (min(own[1], ENDLESS[1]) if process.straight else own[1]) if high is None else high
-    if not 0 < low < high:
-        raise ValueError(f"times: sigma_min {low:g} and sigma_max {high:g}: expected 0 < sigma_min < sigma_max")
+    high = (1.0 if over == "sigma" else min(own[1], ENDLESS[1]) if process.straight else own[1]) if high is None else high
+    if not 0 < low < high or (over == "sigma" and high > 1):
+        raise ValueError(f"times: sigma_min {low:g} and sigma_max {high:g}: expected 0 < sigma_min < sigma_max"
+                         + " <= 1" * (over == "sigma"))
     return low, high
 
 
@@ -324,10 +346,16 @@ def _ladder(ladder: Tensor, process: Process, end: End, name: str) -> Tensor:
     return _then(ladder.flip(0).double(), process, end)
 
 
+def _last(process: Process, end: End) -> float:
+    return process.t_data if end == "data" else process.t_min
+
+
 def _then(times: Tensor, process: Process, end: End) -> Tensor:
     """The times (n,) and where they end."""
-    return torch.cat([times, times.new_tensor([process.t_data if end == "data" else process.t_min])])
+    return torch.cat([times, times.new_tensor([_last(process, end)])])
 
 
-def _ended(times: Tensor, process: Process, end: End) -> Tensor:
-    return times if end == "data" else _then(times[:-1], process, end)
+def _back(times: Tensor, process: Process, n: int, end: End) -> Tensor:
+    """Steps (n,2) from the times (n,) back by T // n; those beyond the first training step end where the list does."""
+    to = times - _steps(process, n, "overlap") // n
+    return torch.stack([times, torch.where(to < process.t_min, _last(process, end), to)], 1)

@@ -112,17 +112,31 @@ class VLB(Weight):
         raise ValueError("weight 'vlb' depends on the step before: take VLB().at(process, t), as diffusion_loss does")
 
     def at(self, process: Process, t: Tensor) -> Weight:
-        return _Given(_bound(process, t.detach().cpu().double()))
+        exact = t.detach().cpu().double()
+        return _Given(_bound(process, exact) * process.exact(exact)[0].square())
+
+
+class Velocity(Weight):
+    """1 on the error of x' = alpha' x0 + sigma' eps (SiT, 2401.08740): parameterization "velocity" without weight."""
+
+    def scaled(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        raise ValueError("weight 'velocity' depends on the rates of the process: take Velocity().at(process, t), as "
+                         "diffusion_loss does")
+
+    def at(self, process: Process, t: Tensor) -> Weight:
+        exact = t.detach().cpu().double()
+        (alpha, sigma), (alpha_rate, sigma_rate) = process.exact(exact), process.rates(exact)
+        return _Given((alpha * sigma_rate - sigma * alpha_rate).square())
 
 
 class _Given(Weight):
-    """Numbers (B,) on the error of eps."""
+    """These numbers (B,)."""
 
-    def __init__(self, on_eps: Tensor):
-        self.on_eps = on_eps
+    def __init__(self, numbers: Tensor):
+        self.numbers = numbers
 
     def scaled(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return self.on_eps.to(alpha).view_as(alpha) * alpha.square()
+        return self.numbers.to(alpha).view_as(alpha)
 
 
 def _bound(process: Process, t: Tensor) -> Tensor:
@@ -162,5 +176,5 @@ class Uncertainty(nn.Module):
 uniform = Unweighted()
 WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "uniform": uniform, "simple": Simple(), "min_snr": MinSNR(), "soft_min_snr": MinSNR(soft=True), "p2": P2(), "edm": EDM(),
-    "sigmoid": Sigmoid(), "vlb": VLB(),
+    "sigmoid": Sigmoid(), "vlb": VLB(), "velocity": Velocity(),
 }  # fmt: skip

@@ -66,13 +66,46 @@ class Mixture:
         return (self.weights * torch.special.ndtr(self.standardised(x, t)[0])).sum(-1, keepdim=True)
 
     def transported(self, x: Tensor, t: float, s: float) -> Tensor:
-        """By bisection of the quantile."""
-        share, low, high = self.cdf(x, t), torch.full_like(x, -100.0), torch.full_like(x, 100.0)
-        for _ in range(60):
+        return self.quantiles(self.cdf(x, t), s)
+
+    def quantiles(self, share: Tensor, s: float) -> Tensor:
+        """Of the mixture at time s, by bisection."""
+        low, high = torch.full_like(share, -1000.0), torch.full_like(share, 1000.0)
+        for _ in range(64):
             middle = (low + high) / 2
             below = self.cdf(middle, s) < share
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
+
+    @classmethod
+    def moments(cls) -> Tensor:
+        """Of the data: mean, standard deviation, E x^3, share below 0."""
+        w, m, s = cls.weights, cls.means, cls.stds
+        mean = (w * m).sum()
+        return torch.stack([mean, ((w * (s**2 + m**2)).sum() - mean**2).sqrt(), (w * (m**3 + 3 * m * s**2)).sum(),
+                            (w * torch.special.ndtr(-m / s)).sum()])  # fmt: skip
+
+
+def moments(x: Tensor) -> Tensor:
+    """As ``Mixture.moments``, of samples."""
+    x = x.flatten()
+    return torch.stack([x.mean(), x.std(correction=0), (x**3).mean(), (x < 0).double().mean()])
+
+
+class Lattice:
+    """Noise for samples in one dimension that makes their moments those of a quadrature: every draw has the quantiles of a
+    normal distribution, spread by the golden ratio over the samples in the order of their x. ``see`` is a callback."""
+
+    def __init__(self, size: int):
+        self.ranks, self.draws = torch.arange(size), 0
+
+    def see(self, step: int, t: float, x: Tensor, guess: Prediction) -> None:
+        self.ranks = x.flatten().argsort().argsort()
+
+    def __call__(self, step: int, shape: tuple[int, ...]) -> Tensor:
+        self.draws += 1
+        spread = (self.ranks.double() * (math.sqrt(5) - 1) / 2 + self.draws * math.sqrt(2)) % 1
+        return torch.special.ndtri((spread.argsort().argsort().double() + 0.5) / len(spread)).view(shape)
 
 
 def slope(errors: dict[int, float]) -> float:

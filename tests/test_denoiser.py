@@ -8,7 +8,7 @@ from ldm.denoiser import Denoiser, bind, impossible, linear_map
 from ldm.parameterization import PARAMETERIZATIONS, Preconditioned, target
 from ldm.process import DDPM, log_variance, respaced
 
-EVERY = (*PARAMETERIZATIONS, "previous", Preconditioned(0.5))
+EVERY = (*PARAMETERIZATIONS, "previous", "velocity", Preconditioned(0.5))
 PAIRS = [(process, name) for process in PROCESSES for name in EVERY if not impossible(PROCESSES[process], name)]
 
 
@@ -68,8 +68,8 @@ def test_noise_cannot_name_data_where_there_is_none(name):
 
 
 def test_unknown_names_are_told():
-    with pytest.raises(ValueError, match="no parameterization 'velocity'; there are noise, data, v, flow, edm, previous"):
-        Denoiser(Says(), PROCESSES["flow"], "velocity")
+    with pytest.raises(ValueError, match="no parameterization 'speed'; there are noise, data, v, flow, edm, previous, velocity"):
+        Denoiser(Says(), PROCESSES["flow"], "speed")
     with pytest.raises(ValueError, match="no variance 'small'; there are fixed, learned, learned_range"):
         Denoiser(Says(), PROCESSES["flow"], variance="small")
 

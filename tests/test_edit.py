@@ -235,6 +235,16 @@ def test_sdedit():
             edit.img2img(x0, eps, times, process, wrong)
 
 
+def test_steps_from_and_to_where_are_edited_too():
+    process, x0, eps = PROCESSES["scaled_linear"], torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
+    path = linear(process, 10)
+    pairs = torch.stack([path[:-1], path[1:]], 1)
+    x, rest = edit.img2img(x0, eps, pairs, process, 0.3)
+    assert torch.equal(x, edit.img2img(x0, eps, path, process, 0.3)[0]) and torch.equal(rest, pairs[7:])
+    with pytest.raises(ValueError, match="repaint walks a list"):
+        edit.repaint(ddpm, x0, torch.ones(2))(gaussian(process), x, pairs, process)
+
+
 def test_sdedit_keeps_what_fits_the_data():
     """Normal data: what starts as a sample ends as one, nearer to where it began, the less it was noised."""
     process = PROCESSES["edm"]

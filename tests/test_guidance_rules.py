@@ -330,3 +330,46 @@ def test_what_is_remembered_belongs_to_its_input():
         x, t = torch.zeros(2), torch.zeros(2)
         ask(x, t), ask(x, t)
     assert len(calls) == 4
+
+
+def every_rule(process, first, second, times):
+    """All that wraps denoise functions."""
+    def log_p(x, t):
+        return -x.square().flatten(1).sum(1)
+    return {
+        "cfg": guidance.cfg(first, second, 3.0), "compose": guidance.compose(second, [(first, 2.0)]),
+        "within": guidance.within(0.2, 0.8, first, second), "on_channels": guidance.on_channels(first, second, 1),
+        "rescale": guidance.rescale(guidance.cfg(first, second, 3.0), first, process),
+        "clip": guidance.clip(first, process), "dynamic_threshold": guidance.dynamic_threshold(first, process),
+        "apg": guidance.apg(first, second, 3.0, process, threshold=1.0, momentum=-0.5),
+        "cfg_zero": guidance.cfg_zero(first, second, 3.0, process), "still": guidance.still(process),
+        "classifier": guidance.classifier(first, log_p, 1.0, process),
+        "classifier_mean": guidance.classifier_mean(first, log_p, 1.0, process, times),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", every_rule(PROCESSES["flow"], None, None, None))
+@pytest.mark.parametrize("shape", [(0, 1, 2, 2), (2, 1, 1, 1), (2, 1, 4, 4)])
+def test_no_pictures_one_number_and_half_precision(rule, shape):
+    process = PROCESSES["flow"]
+    x, t = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.full(shape[:1], 0.5)
+
+    def says(mean, std):
+        def denoise(x, t):
+            guess = gaussian(process, mean, std)(x.float(), t)
+            return Prediction(guess.x0.to(x.dtype), guess.eps.to(x.dtype))
+        return denoise
+
+    def run(x):
+        return every_rule(process, says(0.7, 0.4), says(0.0, 1.0), linear(process, 4))[rule](x, t)
+
+    exact = run(x)
+    assert exact.x0.shape == exact.eps.shape == shape and exact.x0.isfinite().all()
+    for dtype, close in ((torch.float16, 0.05), (torch.bfloat16, 0.3)):
+        assert torch.allclose(run(x.to(dtype)).x0.float(), exact.x0, atol=close)
+
+
+def test_a_prediction_without_spread_is_rescaled_to_itself():
+    process, x = PROCESSES["flow"], torch.ones(2, 1, 4, 4)
+    flat = says(torch.zeros_like(x), torch.zeros_like(x))
+    assert guidance.rescale(flat, flat, process)(x, torch.full((2,), 0.5)).x0.isfinite().all()

@@ -12,18 +12,20 @@ LAYERS = {
     **dict.fromkeys(("autoencoder", "ldm.data", "ldm.process", "ldm.betas", "ldm.parameterization", "ldm.cond"), 1),
     **dict.fromkeys(("ldm.networks", "ldm.conditioners", "ldm.densities", "ldm.weights"), 2),
     **dict.fromkeys(("ldm.denoiser", "ldm.loss", "ldm.latents", "ldm.likelihood", "ldm.guidance", "ldm.times"), 3),
-    **dict.fromkeys(("ldm.steps", "ldm.samplers", "ldm.edit", "ldm.classifier"), 3),
+    **dict.fromkeys(("ldm.steps", "ldm.samplers", "ldm.edit", "ldm.classifier", "ldm.adapters"), 3),
     **dict.fromkeys(("ldm.bundle", "ldm.lit", "ldm.callbacks", "ldm.metrics"), 4),
-    **dict.fromkeys(("ldm.interop", "ldm.load", "ldm.app", "ldm.__main__", "main"), 5),
+    **dict.fromkeys(("ldm.interop", "ldm.load", "ldm.lora", "ldm.app", "ldm.__main__", "main"), 5),
 }
 ALSO = {  # arrows within a layer: reading goes through `load`, a posterior is guidance by r(x), the programs stand on everything
     ("ldm.load", "ldm.interop"),
+    ("ldm.lora", "ldm.interop"),
     ("ldm.conditioners", "ldm.networks"),
     ("ldm.loss", "ldm.likelihood"),
     ("ldm.process", "ldm.betas"),
     ("ldm.edit", "ldm.guidance"),
     ("ldm.classifier", "ldm.guidance"),
     ("ldm.samplers", "ldm.steps"),
+    ("ldm.samplers", "ldm.times"),
     *((program, part) for program in ("ldm.app", "ldm.__main__", "main") for part in LAYERS if part != "main"),
 }
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric"}

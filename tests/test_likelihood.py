@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 
 from autoencoder.base import Autoencoder
 from ldm.likelihood import (
@@ -13,6 +14,7 @@ from ldm.likelihood import (
     continuous_bound,
     decoder_nats,
     discretized_log_likelihood,
+    dormand_prince,
     draw_latent,
     joined,
     laplace_log_density,
@@ -199,6 +201,24 @@ def test_clamped():
     assert float(guess.x0) == 1.0
 
 
+@pytest.mark.parametrize("process", [DDPM(), VP(), RectifiedFlow(), EDM()], ids=["ddpm", "vp", "flow", "edm"])
+def test_bound_of_a_mixture_is_above_its_entropy(process):
+    """The mean over data and noise, by Gauss and Hermite's points; it comes down with the steps to the bound of infinitely many,
+    which is the entropy but for the prior, that is not a mixture, and the little noise where it ends."""
+    mixture = Mixture(process)
+    points, shares = (torch.from_numpy(each) for each in hermegauss(40))
+    shares = shares / shares.sum()
+    x0, eps = torch.broadcast_tensors((mixture.means + mixture.stds * points[:, None])[..., None], points)  # (40, parts, 40)
+    weights = (shares[:, None, None] * mixture.weights[:, None] * shares).flatten()
+    x0, eps = (each.reshape(-1, 1, 1, 1) for each in (x0, eps))
+    options = {"decoder": normal_log_density, "noise": lambda step, shape: eps}
+    coarse, fine, limit = (float((weights * (bound.total + log_density(mixture, x0, process.t_data))).sum()) for bound in (
+        variational_bound(mixture.denoise, x0, karras(process, 20), process, **options),
+        variational_bound(mixture.denoise, x0, karras(process, 200), process, **options),
+        continuous_bound(mixture.denoise, x0, process, 100, **options)))  # fmt: skip
+    assert coarse > fine > limit > -1e-4 and limit < 2e-3 and fine < 0.2, (coarse, fine, limit)
+
+
 # Rate and distortion.
 
 
@@ -289,6 +309,22 @@ def test_ode_is_below_no_bound():
     nats = -float(ode_likelihood(gaussian(process), X0, process, probes="exact").log_likelihood.mean())
     assert abs(nats - EXACT) < 1e-3
     assert nats < float(bound_of(process, karras(process, 100)).total.mean())
+
+
+def test_likelihoods_of_no_pictures_are_none():
+    process, none = RectifiedFlow(), torch.zeros(0, 1, 2, 2).double()
+    denoise, options = gaussian(process), {"decoder": normal_log_density}
+    assert ode_likelihood(denoise, none, process).log_likelihood.shape == (0,)
+    assert variational_bound(denoise, none, karras(process, 4), process, **options).total.shape == (0,)
+    assert continuous_bound(denoise, none, process, 4, **options).total.shape == (0,)
+
+
+def test_how_far_the_ode_is_and_that_it_ends():
+    seen = []
+    ode_likelihood(gaussian(RectifiedFlow()), X0, RectifiedFlow(), tolerance=1e-2, callback=seen.append)
+    assert seen == sorted(seen) and 0 < seen[0] and seen[-1] == pytest.approx(1)
+    with pytest.raises(ValueError, match="not solved after 3 steps, at .* of 1; take a larger tolerance than 1e-06"):
+        dormand_prince(lambda w, state: state.cos(), torch.zeros(2, 2).double(), 0.0, 1.0, 1e-6, most=3)
 
 
 def test_a_network_of_nan_is_told():

@@ -21,6 +21,7 @@ from ldm.process import (
     respaced,
     sd3_shift,
     step_posterior,
+    steps_of,
 )
 
 EVERY = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -121,6 +122,54 @@ def test_fractions_of_a_step_interpolate():
     assert (process.log_snr(t).diff() < 0).all()
     alpha, _ = process.exact(torch.tensor([10.0, 10.5, 11.0], dtype=torch.float64))
     assert float(alpha[1]) == pytest.approx(float((alpha[0] * alpha[2]).sqrt()), rel=1e-14)
+
+
+@pytest.mark.parametrize(("between", "flat"), [("log_alpha", lambda alpha, sigma: alpha.log()), ("level", lambda alpha, sigma: sigma / alpha),
+                                               ("log_snr", lambda alpha, sigma: (alpha / sigma).log())])  # fmt: skip
+def test_what_is_linear_between_the_steps(between, flat):
+    process, plain = DDPM(between=between), DDPM()
+    low, high = torch.tensor([0.0, 3.0, 500.0, 998.0]).double(), torch.tensor([1.0, 4.0, 501.0, 999.0]).double()
+    for t in (low, high):
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(process.exact(t), plain.exact(t), strict=True))
+    alpha, sigma = process.exact(torch.lerp(low, high, 0.3))
+    assert torch.allclose(flat(alpha, sigma), torch.lerp(flat(*process.exact(low)), flat(*process.exact(high)), 0.3), rtol=1e-9)
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha))
+    t = torch.linspace(-1, 999, 5001, dtype=torch.float64)
+    assert (process.log_snr(t).diff() < 0).all()
+    assert torch.allclose(process.when(process.log_snr(t[1:])), t[1:], atol=1e-6)
+    again = Table(plain.alpha_bar.tolist(), between=between)
+    assert torch.allclose(build(again.block).exact(t)[0], process.exact(t)[0], rtol=1e-12)
+
+
+def test_sigma_over_alpha_has_no_end_in_pure_noise():
+    with pytest.raises(ValueError, match="take 'log_alpha'"):
+        DDPM(between="level", zero_terminal=True)
+    assert DDPM(between="log_snr", zero_terminal=True).exact(torch.tensor([998.5]).double())[0].isfinite().all()
+
+
+def test_what_the_network_is_told():
+    """Improved DDPM's rescale_timesteps, for tables of any length and their respaced parts; k-diffusion's whole steps."""
+    t = torch.tensor([0.0, 1999.0, 3999.0])
+    assert DDPM("linear", 4000, start=0.1 / 4000, end=20 / 4000, tells="thousandth").time(t).tolist() == [0.0, 499.75, 999.75]
+    whole = DDPM("cosine", 4000, tells="thousandth")
+    some = respaced(whole, "100")
+    assert torch.allclose(some.time(torch.arange(100.0)).double(), torch.tensor(spaced(4000, "100")).double() / 4)
+    assert DDPM(tells="whole").time(torch.tensor([3.4, 3.6])).tolist() == [3, 4]
+    assert DDPM(tells="thousandth").time(torch.tensor([5], dtype=torch.int64)).tolist() == [5]
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({"steps": 0}, "expected a step or more"), ({"schedule": "linear", "end": 1.5}, "betas between 0 and 1, got .* to .1.5"),
+    ({"steps": 1, "zero_terminal": True}, "two steps or more"),
+])  # fmt: skip
+def test_schedules_that_cannot_be_are_told(options, told):
+    with pytest.raises(ValueError, match=told):
+        DDPM(**options)
+
+
+def test_steps_of_times():
+    assert steps_of(torch.tensor([3.0, 2.0, 0.0])).tolist() == [[3, 2], [2, 0]]
+    assert torch.equal(steps_of(torch.tensor([[3.0, 1.0], [2.0, 0.0]])), torch.tensor([[3.0, 1.0], [2.0, 0.0]]).double())
 
 
 def test_zero_terminal_keeps_the_first_step_and_the_shape():
@@ -270,7 +319,7 @@ def test_files_that_hold_no_table_are_told(tmp_path):
 
 
 def test_the_network_may_be_told_a_scale_of_1000_steps():
-    told = DDPM("linear", steps=4000, told="thousandths").time(torch.tensor([0, 1, 617, 3999]))
+    told = DDPM("linear", steps=4000, tells="thousandth").time(torch.tensor([0, 1, 617, 3999]))
     assert told.tolist() == [0.0, 0.25, 154.25, 999.75]
     assert DDPM("linear", steps=4000).time(torch.tensor([3999.0])).item() == 3999
 

@@ -1,17 +1,19 @@
 import math
-from functools import partial
+from functools import cache, partial
+from itertools import product
 
 import pytest
 import torch
-from oracles import ENDLESS, MEAN, PROCESSES, STD, Mixture, at, gaussian, slope, transported
+from oracles import ENDLESS, MEAN, PROCESSES, STD, Lattice, Mixture, at, gaussian, moments, slope, transported
 
 from ldm.common.random import normal
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser, bind
+from ldm.guidance import cfg
 from ldm.parameterization import PARAMETERIZATIONS, Prediction, target
-from ldm.process import DDPM, EDM
-from ldm.samplers import SAMPLERS, ddim_inversion
-from ldm.times import TIMES, linear
+from ldm.process import DDPM, EDM, Process
+from ldm.samplers import SAMPLERS, ddim_inversion, orders_of
+from ldm.times import TIMES, karras, linear
 
 VARIANTS = {
     **SAMPLERS, "ddim_half": partial(SAMPLERS["ddim"], eta=0.5), "ddpm_large": partial(SAMPLERS["ddpm"], variance="large"),
@@ -21,29 +23,30 @@ VARIANTS = {
     **{f"{name}_churn": partial(SAMPLERS[name], s_churn=20.0) for name in ("euler", "heun", "dpm_2")},
 }  # fmt: skip
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "plms", "pndm", "dpm_2", "lms", "lms_2", "deis", "deis_log_rho",
-                 "dpmpp_2s", "dpmpp_3m", "unipc", "unipc_3", "unipc_bh1")  # fmt: skip
-OTHERS = ("dpm_adaptive", "lcm")  # no fixed steps; not for a denoiser
+                 "dpmpp_2s", "dpmpp_3m", "unipc", "unipc_3", "unipc_bh1", "dpm_solver_2m", "dpm_solver_3m", "dpm_fast",
+                 "dpmpp_fast")  # fmt: skip
+OTHERS = ("dpm_adaptive", "lcm", "tcd", "runge_kutta", "reverse_sde")  # no fixed steps; not for a denoiser; see test_transport.py
 AFFINE = [name for name in VARIANTS if name not in OTHERS]
-FIRST_ORDER = ("ddim", "euler")
+HIGHER = [name for name in DETERMINISTIC if name not in ("ddim", "euler")]  # of second order or more
 ORDERS = {  # the sampler, its order of convergence
     "ddim": (SAMPLERS["ddim"], 1), "euler": (SAMPLERS["euler"], 1), "heun": (SAMPLERS["heun"], 2),
     "dpm_2": (SAMPLERS["dpm_2"], 2), "dpmpp_2m": (SAMPLERS["dpmpp_2m"], 2), "dpmpp_2s": (SAMPLERS["dpmpp_2s"], 2),
     "dpmpp_3m": (SAMPLERS["dpmpp_3m"], 3),
     "dpmpp_2m_heun": (partial(SAMPLERS["dpmpp_2m_sde_heun"], eta=0.0), 2),
-    **{f"lms_{order}": (partial(SAMPLERS["lms"], order=order), order) for order in (1, 2, 3, 4)},
-    **{f"deis_{basis}": (partial(SAMPLERS["deis"], basis=basis), 3) for basis in ("t", "log_rho")},
-    "unip_2": (partial(SAMPLERS["unipc"], corrector=False, lower_order_final=False), 2),
-    "unip_3": (partial(SAMPLERS["unipc"], order=3, corrector=False, lower_order_final=False), 3),
+    **{f"lms_{order}": (partial(SAMPLERS["lms"], order=order, final_order=order), order) for order in (1, 2, 3, 4)},
+    **{f"deis_{basis}": (partial(SAMPLERS["deis"], basis=basis, final_order=3), 3) for basis in ("t", "log_rho")},
+    **{f"unip_{order}_{of}": (partial(SAMPLERS["unipc"], order=order, corrector=False, lower_order_final=False, of=of), order)
+       for order in (2, 3) for of in ("data", "noise")},
+    **{f"unipc_{order}": (partial(SAMPLERS["unipc"], order=order, lower_order_final=False), order + 1) for order in (1, 2, 3)},
+    "plms": (SAMPLERS["plms"], 2), "plms_2": (partial(SAMPLERS["plms"], order=2), 2), "pndm": (SAMPLERS["pndm"], 2),
+    "dpm_solver_2m": (SAMPLERS["dpm_solver_2m"], 2), "dpm_solver_3m": (SAMPLERS["dpm_solver_3m"], 3),
+    **{f"{name}_{order}": (partial(SAMPLERS[name], order=order, lower_order_final=False), order)
+       for name in ("dpm_fast", "dpmpp_fast") for order in (1, 2, 3)},
 }  # fmt: skip
 
 
 def times(name, n):
-    """Even in t; for EDM even in log sigma, as its noise spans many orders of magnitude."""
-    process = PROCESSES[name]
-    if name != "edm":
-        return linear(process, n)
-    ladder = torch.logspace(math.log10(process.t_max), math.log10(process.t_min), n, dtype=torch.float64)
-    return torch.cat([ladder, torch.zeros(1, dtype=torch.float64)])
+    return karras(PROCESSES[name], n)
 
 
 def affine(sampler, name, n):
@@ -68,45 +71,75 @@ def prior(name):
     return alpha, math.hypot(alpha * STD, sigma)
 
 
+SOME = pytest.mark.parametrize("name", ["scaled_linear", "cosine", "zero_terminal", "flow", "edm"])
+
+
+@SOME
 @pytest.mark.parametrize("sampler", AFFINE)
-@pytest.mark.parametrize(("name", "n"), [*((name, 80) for name in PROCESSES), ("flow", 320), ("edm", 320)])
-def test_samples_have_the_moments_of_the_data(name, sampler, n):
+def test_samples_have_the_moments_of_a_gaussian(name, sampler):
+    """Exactly, by the affine map that a sampler is on such data. Errors of first order are extrapolated to no steps at all."""
     alpha, spread = prior(name)
-    offset, gain, noises = affine(VARIANTS[sampler], name, n)
-    assert offset + gain * alpha * MEAN == pytest.approx(MEAN, abs=1e-6)
-    std = math.sqrt((gain * spread) ** 2 + noises.square().sum().item())
-    first_order, second_order = (0.16, 0.05) if n == 80 else (0.04, 0.012)
-    assert std == pytest.approx(STD, rel=second_order if sampler in DETERMINISTIC and sampler not in FIRST_ORDER else first_order)
+    stds = []
+    for n in (32, 64):
+        offset, gain, noises = affine(VARIANTS[sampler], name, n)
+        assert offset + gain * alpha * MEAN == pytest.approx(MEAN, abs=1e-6)
+        stds.append(math.sqrt((gain * spread) ** 2 + noises.square().sum().item()))
+    if sampler in DETERMINISTIC:  # the map of the probability-flow ODE
+        assert not noises.any()
+        assert gain == pytest.approx(STD / spread, rel=0.01 if sampler in HIGHER else 0.06)
+    assert (stds[1] if sampler in HIGHER else 2 * stds[1] - stds[0]) == pytest.approx(
+        STD, rel=0.01 if sampler in HIGHER else 0.005 if sampler in DETERMINISTIC else 0.065)
 
 
-@pytest.mark.parametrize("sampler", DETERMINISTIC)
-@pytest.mark.parametrize("name", PROCESSES)
-def test_deterministic_samplers_are_the_map_of_the_ode(name, sampler):
-    alpha, spread = prior(name)
-    offset, gain, noises = affine(VARIANTS[sampler], name, 100)
-    close = 0.06 if sampler in FIRST_ORDER else 0.03
-    assert not noises.any()
-    assert gain == pytest.approx(STD / spread, rel=close)
-    assert offset == pytest.approx(MEAN - alpha * MEAN * STD / spread, abs=close * alpha * MEAN + 1e-6)
+@pytest.mark.parametrize("name", ["scaled_linear", "flow"])
+@pytest.mark.parametrize("sampler", AFFINE)
+def test_samples_have_the_moments_of_a_mixture(name, sampler):
+    """Mean, deviation, third moment and the share of one part, by quadrature: the quantiles of what sampling starts from, and
+    noise from a lattice. Again extrapolated where they converge with the first order."""
+    process, size, found = PROCESSES[name], 1000, []
+    mixture = Mixture(process)
+    share = ((torch.arange(size, dtype=torch.float64) + 0.5) / size).view(-1, 1, 1, 1)
+    for n in (50,) if sampler in HIGHER else (50, 100):
+        lattice = Lattice(size)
+        found.append(moments(VARIANTS[sampler](mixture.denoise, mixture.quantiles(share, process.t_max), times(name, n), process,
+                                               noise=lattice, callback=lattice.see)))  # fmt: skip
+    error = (found[0] if sampler in HIGHER else 2 * found[1] - found[0]) - Mixture.moments()
+    assert (error.abs() < torch.tensor([0.001, 0.005, 0.01, 0.001] if sampler in DETERMINISTIC else [0.008, 0.015, 0.03, 0.008])).all()
+
+
+@cache
+def smooth(name):
+    """Between two times where everything is smooth: begin, end, x, and where the ODE brings it."""
+    process = PROCESSES[name]
+    begin, end = (process.t_min + share * (process.t_max - process.t_min) for share in (0.7, 0.15))
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1) * max(1.0, begin if name == "edm" else 0.0)
+    return begin, end, x, Mixture(process).transported(x, begin, end)
 
 
 @pytest.mark.parametrize("sampler", ORDERS)
-@pytest.mark.parametrize("name", ["scaled_linear", "vp", "trigonometric", "flow", "flow_shift", "edm"])
+@pytest.mark.parametrize("name", ["scaled_linear", "trigonometric", "flow", "edm"])
 def test_order_of_convergence(name, sampler):
-    """Between two times where everything is smooth, against the exact solution for a mixture of two Gaussians. The first
-    steps are short: multistep methods make them by lower orders."""
-    (run, order), process = ORDERS[sampler], PROCESSES[name]
-    begin, end = (process.t_min + share * (process.t_max - process.t_min) for share in (0.7, 0.15))
-    mixture = Mixture(process)
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1) * max(1.0, begin if name == "edm" else 0.0)
-    exact, errors = mixture.transported(x, begin, end), {}
-    for n in (40, 80):
+    """Against the exact solution for a mixture of two Gaussians. The first steps are short: multistep methods make them by
+    lower orders."""
+    (run, order), process, (begin, end, x, exact), errors = ORDERS[sampler], PROCESSES[name], smooth(name), {}
+    for n in (42, 84):  # whole blocks of two and three
         share = torch.linspace(0, 1, n + 1, dtype=torch.float64) ** 2
         path = begin + share * (end - begin)
         if name == "edm":
             path = begin * (end / begin) ** share
-        errors[n] = (run(mixture.denoise, x, path, process) - exact).abs().max().item()
-    assert 0.83 * order < slope(errors) < order + 0.7, errors
+        errors[n] = (run(Mixture(process).denoise, x, path, process) - exact).abs().max().item()
+    low, high = (0.79, 1.0) if sampler.startswith("p") else (0.83, 0.7)  # plms is of second order with a small constant
+    assert low * order < slope(errors) < order + high, errors
+
+
+def test_pndm_is_of_fourth_order_over_even_steps():
+    """Where its weights are those of Adams-Bashforth and its start is Runge and Kutta's."""
+    process, errors = PROCESSES["flow"], {}
+    mixture, x = Mixture(process), torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    for n in (20, 40):
+        out = SAMPLERS["pndm"](mixture.denoise, x, torch.linspace(0.7, 0.15, n + 1, dtype=torch.float64), process, final_order=4)
+        errors[n] = (out - mixture.transported(x, 0.7, 0.15)).abs().max().item()
+    assert 3.5 < slope(errors) < 4.7, errors
 
 
 def test_second_order_is_worth_its_calls():
@@ -142,7 +175,8 @@ class Perfect(torch.nn.Module):
         return target(best.x0, best.eps, p, q).float()
 
 
-@pytest.mark.parametrize(("name", "parameterization"), [(process, name) for process in PROCESSES for name in PARAMETERIZATIONS
+@pytest.mark.parametrize(("name", "parameterization"), [(process, name) for process in ("linear", "zero_terminal", "vp", "flow", "edm")
+                                                        for name in PARAMETERIZATIONS
                                                         if not (name == "noise" and process in ENDLESS)])  # fmt: skip
 def test_every_parameterization_samples_the_same(name, parameterization):
     process = PROCESSES[name]
@@ -229,7 +263,7 @@ def test_runs_can_be_replayed(sampler):
     first = run(noise=record)
     assert torch.equal(first, run(noise=lambda step, shape: stored[step]))
     keys = 18 if sampler == "dpmpp_sde" else 10 if sampler.endswith("churn") else 9  # the last step ends at the data
-    assert sorted(stored) == ([] if sampler in (*DETERMINISTIC, "dpm_adaptive") else list(range(keys)))
+    assert sorted(stored) == ([] if sampler in (*DETERMINISTIC, "dpm_adaptive", "runge_kutta") else list(range(keys)))
 
 
 @pytest.mark.parametrize("sampler", VARIANTS)
@@ -305,11 +339,20 @@ def test_inversion_then_sampling_returns(name):
     noise = {refine: ddim_inversion(denoise, x, path.flip(0), process, refine=refine) for refine in (0, 60)}
     back = {refine: (SAMPLERS["ddim"](denoise, noise[refine], path, process) - x).abs().max() for refine in noise}
     assert back[60] < 1e-6 and 1e-6 < back[0] < 0.5
-    assert (noise[0] - transported(process, x, process.t_data, process.t_max)).abs().max() < 0.2 * process.prior_std()
+    assert (noise[0] - transported(process, x, process.t_data, process.t_max)).abs().max() < 0.26 * process.prior_std()
+
+
+def test_inversion_may_ask_at_the_end_of_a_step():
+    process, x = PROCESSES["scaled_linear"], torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    path = torch.tensor([100.0, 300.0]).double()
+    (alpha, sigma), (alpha_s, sigma_s) = (at(process, t, x) for t in path)
+    found = ddim_inversion(gaussian(process), x, path, process, asks="end")
+    expected = alpha_s * (x / alpha + (sigma_s / alpha_s - sigma / alpha) * gaussian(process)(x, path[1:].expand(2)).eps)
+    assert torch.allclose(found, expected)
 
 
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("name", PROCESSES)
+@SOME
 def test_adaptive_steps_keep_their_tolerance(name, order):
     process = PROCESSES[name]
     x = process.prior_std() * torch.linspace(-2, 2, 5, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -326,10 +369,11 @@ def test_adaptive_steps_keep_their_tolerance(name, order):
     assert errors[1] < 0.01 < errors[0] < 0.3 and 5 < steps[0] < steps[1] < 50
 
 
-def test_adaptive_with_noise_has_the_moments_of_the_data():
-    process, x = PROCESSES["flow"], torch.randn(600, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+@pytest.mark.parametrize("joint", [True, False])
+def test_adaptive_with_noise_has_the_moments_of_the_data(joint):
+    process, x = PROCESSES["flow"], torch.randn(40, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     draws = torch.Generator().manual_seed(1)
-    out = SAMPLERS["dpm_adaptive"](gaussian(process), x, times("flow", 2), process, eta=1.0, rtol=0.02, joint=True,
+    out = SAMPLERS["dpm_adaptive"](gaussian(process), x, times("flow", 2), process, eta=1.0, rtol=0.005, atol=0.002, joint=joint,
                                    noise=lambda k, shape: torch.randn(shape, generator=draws))  # fmt: skip
     assert out.mean().item() == pytest.approx(MEAN, abs=0.05) and out.std().item() == pytest.approx(STD, abs=0.04)
 
@@ -368,3 +412,172 @@ def test_times_are_found_by_their_log_snr(name):
     process = PROCESSES[name]
     wanted = torch.linspace(-2.0, 3.0, 11, dtype=torch.float64)
     assert torch.allclose(process.log_snr(process.when(wanted)), wanted, atol=1e-9)
+
+
+# Options that bring other people's numbers, and what must be true of them.
+
+
+def test_steps_from_and_to_where():
+    """Pairs of times: a list as pairs is the list; where a step ends beyond the next one's beginning, x is taken as it is."""
+    process, x = PROCESSES["scaled_linear"], torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    denoise, path = gaussian(process), linear(process, 6)
+    pairs = torch.stack([path[:-1], path[1:]], 1)
+    for name in AFFINE:
+        if name in SAMPLERS:
+            once, again = (SAMPLERS[name](denoise, x, each, process, noise=lambda key, shape: torch.ones(shape)) for each in (path, pairs))
+            assert torch.equal(once, again), name
+    overlapping = torch.tensor([[900.0, 500.0], [600.0, 100.0]]).double()
+    found = SAMPLERS["ddim"](denoise, x, overlapping, process)
+    for t, s in overlapping:
+        x = SAMPLERS["ddim"](denoise, x, torch.stack([t, s]), process)
+    assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "vp", "edm"])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_3m", "unipc", "dpm_fast"])
+def test_extrapolating_eps_is_extrapolating_x0_of_the_swapped_process(name, sampler):
+    """DPM-Solver is DPM-Solver++ where data and noise change places: alpha with sigma, x0 with eps, time with its reverse.
+    So over one path there and back, each is the other's mirror image."""
+    process, shape = PROCESSES[name], (1, 1, 2, 2)
+    source = torch.Generator().manual_seed(0)
+    said = [torch.randn(2, *shape, generator=source, dtype=torch.float64) for _ in range(9)]
+    path = torch.linspace(0.9, 0.2, 10, dtype=torch.float64) * process.t_max
+
+    class Swapped(Process):
+        def exact(self, t):
+            return process.exact(t)[::-1]
+
+    def run(process, of, swap):
+        guesses = iter(said)
+
+        def denoise(x, t):
+            x0, eps = next(guesses)
+            return Prediction(eps, x0) if swap else Prediction(x0, eps)
+
+        return SAMPLERS[sampler](denoise, torch.ones(shape, dtype=torch.float64), path, process, of=of)
+
+    swapped = Swapped()
+    swapped.t_max, swapped.t_min = process.t_max, process.t_min
+    assert torch.allclose(run(process, "noise", False), run(swapped, "data", True), rtol=1e-9)
+
+
+def test_orders_of_multistep_methods():
+    flow, ddpm = PROCESSES["flow"], PROCESSES["scaled_linear"]
+    assert orders_of(4, None, linear(flow, 10), flow) == [4, 4, 4, 4, 3, 3, 3, 2, 2, 2]
+    assert orders_of(3, None, linear(flow, 4), flow) == [3, 2, 2, 2] and orders_of(1, None, linear(flow, 2), flow) == [1, 1]
+    assert orders_of(4, 1, linear(flow, 6), flow) == [4, 4, 4, 3, 2, 1]
+    assert orders_of(4, 4, linear(flow, 3), flow) == orders_of(4, None, linear(ddpm, 3), ddpm) == [4, 4, 4]  # as published
+    assert orders_of(4, None, linear(flow, 40)[:30], flow) == [4] * 29  # short steps, which end in the noise
+
+
+@pytest.mark.parametrize(("sampler", "order", "left"), [("lms", 1, 0.0), ("lms", 2, 0.5), ("lms", 3, 11 / 12), ("lms", 4, 31 / 24),
+                                                        ("plms", 2, 0.5), ("plms", 4, 31 / 24)])
+def test_what_a_step_to_the_data_leaves_of_an_error(sampler, order, left):
+    """Data that are one point: the ODE forgets everything. An error made before the last step is multiplied by 1 - b."""
+    process, calls = PROCESSES["flow"], []
+    point, path = gaussian(process, std=0.0), torch.linspace(0.6, 0.0, 7, dtype=torch.float64)
+
+    def jolted(x, t):
+        calls.append(t)
+        return point(x + (len(calls) == 6 + (sampler == "plms")), t)  # what the network sees in the last step is 1 too large
+
+    found = SAMPLERS[sampler](jolted, torch.ones(1, 1, 1, 1, dtype=torch.float64), path, process, order=order, final_order=order)
+    b = {1: 1, 2: 3 / 2, 3: 23 / 12, 4: 55 / 24}[order]
+    assert abs(float(found) - MEAN) == pytest.approx(b, rel=1e-9)  # which adds the x that it was: b - 1
+    assert b - 1 == pytest.approx(left)
+
+
+def test_guided_multistep_methods_stay_near_the_solution():
+    """10 steps in flow coordinates under guidance 3, where order 4 to the end diverges."""
+    process = PROCESSES["flow"]
+    guided = cfg(gaussian(process, 0.7, 0.01), gaussian(process, 0.0, 1.0), 3.0)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(-1, 1, 1, 1)
+    exact = SAMPLERS["heun"](guided, x, linear(process, 2000), process)
+    for name, path in product(("lms", "plms", "pndm"), (linear(process, 10), TIMES["beta"](process, 10))):
+        plain, published = (SAMPLERS[name](guided, x, path, process, **options) for options in ({}, {"final_order": 4}))
+        assert (plain - exact).abs().max() < 0.5 * (published - exact).abs().max()
+
+
+def test_slopes_of_v():
+    """Of one step, with the history that v has: diffusers' formula in its own words."""
+    process, path = PROCESSES["scaled_linear"], torch.tensor([900.0, 700.0, 500.0]).double()
+    x, said = torch.randn(2, 1, 1, 2, 2, dtype=torch.float64), []
+
+    def denoise(x, t):
+        guess = gaussian(process)(x, t)
+        alpha, sigma = at(process, t, x)
+        said.append(alpha * guess.eps - sigma * guess.x0)
+        return guess
+
+    seen = []
+    found = SAMPLERS["plms"](denoise, x, path, process, of="v", callback=lambda step, t, x, guess: seen.append(x))
+    v = (3 * said[2] - said[1 - 1]) / 2  # of both steps; the call between them only tried the first
+    (alpha, sigma), (alpha_s, sigma_s) = at(process, path[1], x), at(process, path[2], x)
+    eps = alpha * v + sigma * seen[1]
+    assert torch.allclose(found, alpha_s * (seen[1] - sigma * eps) / alpha + sigma_s * eps)
+
+
+@pytest.mark.parametrize("name", ["scaled_linear", "flow", "edm"])
+def test_tcd_between_ddim_and_consistency_sampling(name):
+    source = torch.Generator().manual_seed(0)
+    process, x = PROCESSES[name], torch.randn(3, 1, 2, 2, dtype=torch.float64, generator=source)
+    draws = torch.randn(6, 3, 1, 2, 2, dtype=torch.float64, generator=source)
+
+    def run(sampler, **options):
+        return SAMPLERS[sampler](gaussian(process), x, times(name, 6), process, noise=lambda key, shape: draws[key], **options)
+
+    assert torch.allclose(run("tcd", gamma=0.0), run("ddim"), atol=1e-12)
+    data = run("lcm", scaling=1e9)
+    if name != "edm":  # where lcm knows that its last time is the data
+        assert torch.allclose(run("tcd", gamma=1.0), data, atol=0.1 if name == "scaled_linear" else 1e-6)  # to t = 0, not -1
+    assert not torch.allclose(run("tcd"), data, atol=0.1) and not torch.allclose(run("tcd"), run("ddim"), atol=0.1)
+
+
+def test_noise_at_the_end_and_a_share_of_the_variance():
+    """LDM's v_posterior is a share of the way from the posterior's variance to beta; diffusers noises the data once more."""
+    process, z = DDPM("linear"), torch.ones(1, 1, 1, 1).double()
+    fixed = Prediction(torch.full_like(z, 0.5), z)
+
+    def run(path, **options):
+        return float(SAMPLERS["ddpm"](lambda x, t: fixed, 0 * z, torch.tensor(path), process, noise=lambda k, shape: z, **options))
+
+    posterior = process.posterior(500.0, 499.0)
+    plain = float(0.5 * posterior.x0)
+    for share in (0.0, 0.3, 1.0):
+        expected = ((1 - share) * posterior.variance + share * posterior.beta).sqrt()
+        assert run([500.0, 499.0], variance=share) - plain == pytest.approx(float(expected))
+    assert run([1.0, -1.0]) == run([1.0, -1.0], variance="large") == 0.5
+    beta = process.posterior(1.0, -1.0).beta.sqrt()
+    assert run([1.0, -1.0], variance="large", noisy_end=True) - 0.5 == pytest.approx(float(beta))
+    assert run([1.0, -1.0], noisy_end=True) - 0.5 == pytest.approx(1e-10)
+
+
+def test_an_adaptive_step_of_nan_is_told():
+    process = PROCESSES["flow"]
+    with pytest.raises(ValueError, match="the network gave nan"):
+        SAMPLERS["dpm_adaptive"](lambda x, t: Prediction(x * math.nan, x * math.nan), torch.ones(1, 1, 2, 2), linear(process, 2), process)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_pictures_at_all(sampler):
+    process, none = PROCESSES["flow"], torch.zeros(0, 1, 2, 2)
+    assert SAMPLERS[sampler](gaussian(process), none, linear(process, 3), process).shape == none.shape
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_latents_in_half_precision(sampler, dtype):
+    """The network is told the time in fp32, and what comes is near to what fp32 gives."""
+    process, seen = PROCESSES["flow"], []
+    x = torch.linspace(-1, 1, 8).view(2, 1, 2, 2)
+
+    def denoise(x, t):
+        seen.append(t.dtype)
+        guess = gaussian(process)(x.float(), t)
+        return Prediction(guess.x0.to(x.dtype), guess.eps.to(x.dtype))
+
+    half, full = (SAMPLERS[sampler](denoise, x.to(each), linear(process, 6), process, noise=lambda key, shape: torch.ones(shape))
+                  for each in (dtype, torch.float32))  # fmt: skip
+    assert half.dtype is dtype and half.isfinite().all() and set(seen) == {torch.float32}
+    if sampler != "dpm_adaptive":  # its steps are other ones
+        assert (half.float() - full).abs().max() < (0.02 if dtype is torch.float16 else 0.15)

@@ -10,11 +10,13 @@ from ldm.times import (
     TIMES,
     ays_sd1,
     beta,
+    blocks,
     compvis,
-    distilled,
+    dpm_fast,
     exponential,
     flow_match,
     karras,
+    lcm,
     leading,
     linear,
     linspace,
@@ -28,7 +30,7 @@ from ldm.times import (
 )
 
 DISCRETE = ("leading", "compvis")
-FROM_MOST_NOISE = [name for name in TIMES if name not in (*DISCRETE, "quadratic", "distilled", "log_snr", "sigmas")]
+FROM_MOST_NOISE = [name for name in TIMES if name not in (*DISCRETE, "quadratic", "lcm", "log_snr", "dpm_fast", "sigmas")]
 
 
 def levels(process, times):
@@ -77,11 +79,11 @@ def test_levels_between_those_of_another_list():
 
 def test_known_lists():
     assert leading(DDPM(), 5).tolist() == [801, 601, 401, 201, 1, -1]
-    assert distilled(DDPM(), 4).tolist() == [999, 759, 499, 259, -1]  # of 19, 39, ... 999: the 50th, 38th, 25th, 13th
-    with pytest.raises(ValueError, match="distilled on 50"):
-        distilled(DDPM(), 51)
-    assert shifted(RectifiedFlow(), 3, shift=1.0, high=0.9).tolist() == pytest.approx([0.9, 0.6, 0.3, 0])
-    assert shifted(RectifiedFlow(), 2, shift=3.0, low=0.5).tolist() == pytest.approx([1, 0.9, 0])
+    assert TIMES["lcm"](DDPM(), 4).tolist() == [999, 759, 499, 259, -1]  # of 19, 39, ... 999: the 50th, 38th, 25th, 13th
+    with pytest.raises(ValueError, match="take 50 at most"):
+        TIMES["lcm"](DDPM(), 51)
+    assert shifted(RectifiedFlow(), 3, shift=1.0, first=0.9).tolist() == pytest.approx([0.9, 0.6, 0.3, 0])
+    assert shifted(RectifiedFlow(), 2, shift=3.0, last=0.5).tolist() == pytest.approx([1, 0.9, 0])
     assert leading(DDPM(), 5, offset=0, end="first").tolist() == [800, 600, 400, 200, 0, 0]
     assert leading(DDPM(), 10, divide="n+1").tolist() == [901, 811, 721, 631, 541, 451, 361, 271, 181, 91, -1]
     assert linspace(DDPM(), 4).tolist() == [999, 666, 333, 0, -1]
@@ -90,6 +92,10 @@ def test_known_lists():
     assert len(compvis(DDPM(), 30)) - 1 == 31  # 1000 = 30 * 33 + 10
     assert quadratic(DDPM(), 3).tolist() == [801, 201, 1, 0]
     assert quadratic(RectifiedFlow(), 2).tolist() == [1, 0.25, 0]
+    assert lcm(DDPM(), 4).tolist() == [999, 759, 499, 259, -1]  # of 999, 979 ... 19 the 0th, 12th, 25th and 37th
+    assert lcm(DDPM(), 2, trained=10, end="first").tolist() == [999, 499, 0]
+    assert linspace(DDPM(), 4, overlap=True).tolist() == [[999, 749], [666, 416], [333, 83], [0, -1]]
+    assert linear(DDPM(), 3, round=True, overlap=True, end="first").tolist() == [[999, 666], [666, 333], [332, 0]]
 
 
 @pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
@@ -189,3 +195,64 @@ def test_lists_that_leave_the_process_are_refused(name, n):
 def test_more_steps_than_there_are_is_refused(name):
     with pytest.raises(ValueError, match="1001 steps of a process that has 1000"):
         TIMES[name](DDPM(), 1001)
+
+
+def test_blocks_of_singlestep_methods():
+    """2206.00927: blocks of three; what is left, or else a block of two and one of one."""
+    assert [blocks(n, 3) for n in (1, 2, 3, 9, 10, 11)] == [[1], [2], [2, 1], [3, 3, 2, 1], [3, 3, 3, 1], [3, 3, 3, 2]]
+    assert [blocks(n, 2) for n in (0, 4, 5)] == [[], [2, 1, 1], [2, 2, 1]] and blocks(3, 1) == [1, 1, 1]
+    assert blocks(9, 3, lower_order_final=False) == [3, 3, 3]
+    assert blocks(9, 3, False, clean=True) == [3, 3, 2, 1] and blocks(11, 3, clean=True) == [3, 3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("process", [DDPM(), VP(), RectifiedFlow(), EDM()], ids=["ddpm", "vp", "flow", "edm"])
+@pytest.mark.parametrize("n", [5, 9, 20])
+def test_blocks_are_even_steps_of_the_log_snr(process, n):
+    times = dpm_fast(process, n, sigma_min=0.05, sigma_max=10.0)
+    assert len(times) == n + 1 and (times.diff() < 0).all()
+    log, sizes = process.log_snr(times), blocks(n, 3)
+    ends = log[torch.tensor([0, *sizes]).cumsum(0)]
+    assert torch.allclose(ends.diff(), ends.diff().mean().expand(len(sizes)), rtol=1e-6)
+    assert torch.allclose(log[:4].diff(), (ends[1] - ends[0]).expand(3) / 3, rtol=1e-6)
+    assert levels(process, times)[[0, -1]].tolist() == pytest.approx([10, 0.05])
+
+
+def test_spacing_of_a_flows_own_sigma():
+    """diffusers' flow matching: sigma itself, not sigma / alpha, follows the rule; times are sigma where nothing is shifted."""
+    flow, ends = RectifiedFlow(), dict(sigma_min=0.01, over="sigma")
+    even = {"karras": (karras(flow, 9, **ends), lambda s: s ** (1 / 7)), "exponential": (exponential(flow, 9, **ends), torch.log)}
+    for times, flat in even.values():
+        steps = flat(times[:-1]).diff()
+        assert times[0] == 1 and times[-1] == 0 and torch.allclose(steps, steps.mean().expand(8), rtol=1e-6)
+        assert float(times[-2]) == pytest.approx(0.01)
+    share = torch.from_numpy(stats.beta.ppf(torch.linspace(1, 0, 7).double().numpy(), 0.6, 0.6))
+    assert torch.allclose(beta(flow, 7, **ends)[:-1], 0.01 + 0.99 * share, atol=1e-6)
+    found = levels(DDPM(), beta(DDPM(), 7, over="level", sigma_min=0.1, sigma_max=9.0))
+    assert torch.allclose(found[:-1], 0.1 + 8.9 * share, rtol=1e-5)
+    shifted_flow = RectifiedFlow(3.0)
+    assert torch.allclose(shifted_flow.exact(karras(shifted_flow, 9, **ends))[1], karras(flow, 9, **ends), atol=1e-9)
+    for process in (DDPM(), EDM(), VP()):
+        with pytest.raises(ValueError, match="for flows, where alpha = 1 - sigma"):
+            karras(process, 5, over="sigma")
+    with pytest.raises(ValueError, match="sigma_max <= 1"):
+        karras(flow, 5, over="sigma", sigma_max=2.0)
+
+
+def test_shifted_times_may_begin_below_the_end():
+    assert torch.allclose(shifted(RectifiedFlow(), 4, shift=1, first=0.8), torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0]).double())
+
+
+def test_steps_of_ones_own():
+    steps = [[0.9, 0.5], [0.6, 0.0]]
+    assert make_times(steps, RectifiedFlow()).tolist() == make_times(steps, RectifiedFlow(), 2).tolist() == steps
+    with pytest.raises(ValueError, match="2 steps from and to where cannot be brought to 5"):
+        make_times(steps, RectifiedFlow(), 5)
+    with pytest.raises(ValueError, match="expected two or more decreasing times"):
+        make_times([[0.5, 0.9]], RectifiedFlow())
+
+
+def test_lists_for_consistency_models_know_their_steps():
+    with pytest.raises(ValueError, match="8 steps of the 4 that it was trained at"):
+        lcm(DDPM(), 8, trained=4)
+    with pytest.raises(ValueError, match="times 'overlap' belong to discrete processes"):
+        linear(RectifiedFlow(), 4, overlap=True)

@@ -171,3 +171,9 @@ def test_uncertainty_is_the_same_network_every_time():
     assert torch.equal(one(*levels), other(*levels))
     assert one(torch.zeros(1), torch.ones(1)).isfinite() and one(torch.ones(1), torch.zeros(1)).isfinite()
     assert math.isclose(one.frequency.std().item(), 2 * math.pi, rel_tol=0.2)
+
+
+def test_the_bounds_weight_is_asked_for_at_a_time():
+    alpha, sigma = PROCESSES["linear"].exact(torch.tensor([5.0]).double())
+    with pytest.raises(ValueError, match=r"take VLB\(\).at\(process, t\)"):
+        VLB()(alpha, sigma, *PARAMETERIZATIONS["noise"](alpha, sigma))

@@ -47,7 +47,7 @@ def settle_latents(stage: Stage, module: Any, device: torch.device, resumed: boo
 def keeps_autoencoder(job: Job, stage: Stage, module: Any, logdir: str | Path, trust: bool = False) -> None:
     """UserError, with both hashes, where a stage 2 goes on under a config that names another autoencoder than the one in
     its checkpoint, which the module has got."""
-    if stage.kind == "autoencoder" or job.action != "resume" or stage.latents_key is not None:
+    if stage.kind == "autoencoder" or job.action != "resume" or stage.latents_key is not None or stage.lora:
         return  # the last: its own run folder says all about it, and names no other
     own, source = module.autoencoder, stage.config["autoencoder"]
     origin = next(f"{key}: {source[key]}" for key in ("config", "ckpt", "target") if key in source)

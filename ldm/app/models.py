@@ -6,6 +6,7 @@ import argparse
 import logging
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm.common.files import UserError
@@ -39,6 +40,8 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     stored = "default: as stored with the model"
+    parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[:W]",
+                        help="LoRA files, or runs that trained one, which are merged into the model, each with its weight (1)")
     parser.add_argument("--steps", type=positive, metavar="N", help=stored)
     parser.add_argument("--sampler", metavar="NAME", help=f"name, or name:option=value,option=value; {stored}")
     parser.add_argument("--times", metavar="NAME|LIST",
@@ -74,6 +77,17 @@ def sampling_of(args: argparse.Namespace) -> dict:
     return {"sampler": sampler, "steps": args.steps, "times": times, "guidance": guidance or None}
 
 
+def lora_of(text: str) -> tuple[str, float]:
+    """FILE[:weight] -> file, weight. UserError where the weight is no number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or (Path(text).exists() and not Path(path).exists()):
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError as error:
+        raise UserError(f"--lora {text}: the weight after the colon has to be a number, such as {path}:0.8") from error
+
+
 def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
     """The model that model_arguments names. UserError where it `draws` nothing and has to."""
     import torch
@@ -83,8 +97,14 @@ def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
     device, began = pick_device(args.device), time.perf_counter()
     dtype = getattr(torch, PRECISIONS[args.precision]) if args.precision in PRECISIONS else None
     bundle = load(args.ckpt, args.config, ema=not args.no_ema, device=device, dtype=dtype, trust=args.trust)
+    bundle.lay_out()
     if args.autoencoder_precision in PRECISIONS:
         bundle.autoencoder.to(getattr(torch, PRECISIONS[args.autoencoder_precision]))
+    if getattr(args, "lora", None):
+        from ldm import lora
+
+        for path, weight in map(lora_of, args.lora):
+            lora.apply(bundle, path, weight)
     if draws and bundle.denoiser is None:
         raise UserError(f"{args.ckpt}: holds an autoencoder alone; that of a diffusion model (stage 2) is needed")
     log.info("%s: loaded in %.1f s, on %s", args.ckpt, time.perf_counter() - began, device)

@@ -60,6 +60,7 @@ def autoencoder_of(stage: Stage, checkpoint: Path | None, trust: bool = False) -
     if stage.kind == "autoencoder":
         return None, None
     source = stage.config["autoencoder"]
+    checkpoint = None if stage.lora else checkpoint  # of which hold the changes alone
     if checkpoint is None and "target" in source:
         return build(source), source
     bundle = load_autoencoder(checkpoint or Path(source["ckpt"]), stage, trust)
@@ -110,7 +111,8 @@ def describer(stage: Stage, block: dict | None) -> Callable[[Any], dict]:
         alone = stage.kind == "autoencoder"
         bundle = Bundle(getattr(module, "best", module.autoencoder)) if alone else bundle_of(module)
         bundle.config, bundle.about = config, {"data": stage.train.fingerprint}
-        return bundle.describe()
+        base = {"kind": "lora", "base": {"path": str(stage.init_from), "hash": stage.init_key}} if stage.lora else {}
+        return bundle.describe() | base
 
     return describe
 

@@ -50,7 +50,8 @@ def closing(stage: Stage, checkpoint: Path) -> list[str]:
     lines = [f"{name + ':':16} {path}" for name, path in shown.items() if path.exists()]
     command = f"python -m ldm info {checkpoint}"
     if stage.kind == "diffusion":
-        command = f'python -m ldm txt2img --ckpt {checkpoint} --prompt "{prompts(stage)[0]}" --outdir out'
+        model = f"{stage.init_from} --lora {run}" if stage.lora else checkpoint
+        command = f'python -m ldm txt2img --ckpt {model} --prompt "{prompts(stage)[0]}" --outdir out'
     return [*lines, f"{'try next:':16} {command}"]
 
 

@@ -25,7 +25,7 @@ from ldm.bundle import compare
 from ldm.callbacks.checkpoints import saved_at
 from ldm.common.files import UserError, atomic_write, free_bytes
 from ldm.common.weights import unwrapped
-from ldm.load import read as read_checkpoint
+from ldm.load import kind as kind_in
 
 STAGE1 = "stage1.yaml"  # in a run folder of stage 2
 
@@ -73,7 +73,7 @@ def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> 
             continue
         differ = differences(config, stage.config)
         differ += ["autoencoder"] * (_read(folder / "run.json").get("autoencoder") != stage.autoencoder_key)
-        if any(key.split(".")[0] in ("model", "autoencoder", "data") for key in differ):
+        if any(key.split(".")[0] in ("model", "autoencoder", "data", "init_from") for key in differ):
             told.append(f"{folder}: not continued, its config differs in {', '.join(differ)}")
             continue
         return checkpoint, told + [f"{folder}: its config differs in {key}, the new value counts" for key in differ]
@@ -137,7 +137,7 @@ def differences(old: dict, new: dict) -> list[str]:
     def relevant(config: dict) -> dict[str, Any]:
         trainer = {key: value for key, value in (config.get("trainer") or {}).items() if key not in PLACE}
         parts = {"model": config["model"], "data.train": config["data"]["train"], "loader": config.get("loader"),
-                 "trainer": trainer, "seed": config.get("seed")}  # fmt: skip
+                 "trainer": trainer, "seed": config.get("seed"), "init_from": config.get("init_from")}  # fmt: skip
         return {name: leaf for part, value in parts.items() for name, leaf in leaves(value, part).items()}
 
     before, after = relevant(old), relevant(new)
@@ -242,21 +242,28 @@ def checkpoint_to_resume(resume: str, tell: Callable[[str], None] = lambda text:
 
 
 def kind_of(checkpoint: Path) -> Kind:
-    return read_checkpoint(checkpoint).about["kind"]
+    """Of the stage that left it."""
+    found = kind_in(checkpoint)
+    return "diffusion" if found == "lora" else found
 
 
 def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int, batch: int
                ) -> Path:
-    """Makes (or goes on with) the run folder of a job and writes the config there, and the global batch. UserError, and no folder, where the disk
-    does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
+    """Makes (or goes on with) the run folder of a job and writes the config and the global batch there. UserError, and no
+    folder, where the disk does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
     free = free_bytes(logdir) + sum(path.stat().st_size for path in (job.run or Path("-")).glob("checkpoints/step-*.ckpt"))
     if need > free:  # those that are there already make place
         raise UserError(f"{logdir}: no space for the checkpoints: {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB "
                         "free; lower checkpoint.keep, or choose another place with --logdir")
     if job.checkpoint is not None:
-        saved = torch.load(job.checkpoint, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        if problems := compare(unwrapped(module.state_dict()), saved):
+        saved = torch.load(job.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        kept = getattr(module, "kept", lambda state: state)
+        if problems := compare(unwrapped(kept(module.state_dict())), saved["state_dict"]):
             raise UserError(f"--resume: {job.checkpoint} is not of the model in this config: {problems}")
+        base = (saved.get("ldm") or {}).get("base", {}).get("hash")
+        if base is not None and base != stage.init_key:
+            raise UserError(f"--resume: {stage.init_from} is no longer the model that {job.checkpoint} changes (hash {base}, "
+                            f"now {stage.init_key}); to train changes of the new one, give --init-from in place of --resume")
     folder = job.run or new_folder(logdir, stage.name, postfix if stage.number == stage.count else None)
     (folder / "DONE").unlink(missing_ok=True)  # until it is again
     config = stage.config

@@ -69,6 +69,16 @@ class Stage:
         return self.config.get("trainer") or {}
 
     @property
+    def lora(self) -> dict | None:
+        """Options of a LoRA training (``ldm.adapters.Lora``)."""
+        return (self.config["model"].get("params") or {}).get("lora")
+
+    @property
+    def init_from(self) -> Path | None:
+        """A model whose weights the training begins with."""
+        return Path(self.config["init_from"]) if self.config.get("init_from") else None
+
+    @property
     def label(self) -> str:
         return f"stage {self.number} of {self.count}, {self.kind}"
 
@@ -123,7 +133,13 @@ class Stage:
         return digest({
             "model": self.config["model"], "data": self.train.fingerprint, "batch_size": self.batch_size,
             "trainer": trainer, "seed": self.seed, "autoencoder": self.autoencoder_key,
+            **({} if self.init_from is None else {"init_from": self.init_key}),
         })  # fmt: skip
+
+    @cached_property
+    def init_key(self) -> str:
+        """Hash of the model that the training begins with."""
+        return _contents(self.init_from)
 
     @cached_property
     def autoencoder_key(self) -> str | None:
@@ -148,12 +164,14 @@ def _contents(path: Path) -> str:
         return digest({str(file.relative_to(path)): file_sha256(file) for file in path.rglob("*") if file.is_file()})
 
 
-def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None
-         ) -> tuple[list[Stage], list[str]]:
+def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None,
+         init_from: str | None = None) -> tuple[list[Stage], list[str]]:
     """-> the stages in the order in which they are trained, and every mistake in their configs."""
     config = plain(load(paths, [o for o in overrides if not o.startswith(FIRST)]))
-    given = {key: value for key, value in (("name", name), ("seed", seed)) if value is not None}
-    config |= given
+    given = {"name": name, "seed": seed, "init_from": init_from or config.get("init_from")}
+    config |= {key: value for key, value in given.items() if value is not None}
+    if isinstance(config.get("init_from"), str):
+        config["init_from"] = str(Path(config["init_from"]).expanduser().absolute())
     mistakes = _check(config)
     source = config.get("autoencoder")
     first = source.get("config") if isinstance(source, dict) else None

@@ -64,8 +64,9 @@ class Survey:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one checkpoint: weights, averages, the optimizer's moments."""
-        stored = sum(part.trainable + part.frozen for part in self.parts if part.stored)
+        """Bytes of one checkpoint: weights, averages, the optimizer's moments; of a LoRA training those of the changes."""
+        kept = [part for part in self.parts if part.stored]
+        stored = sum(part.trainable + part.frozen * (not self.stage.lora or part.name == EMA) for part in kept)
         return WORD * (stored + MOMENTS * self.trainable) + self.buffers
 
     @property

@@ -22,13 +22,17 @@ from ldm.app.models import (
 from ldm.common.files import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm.bundle import Bundle
+    from ldm.parameterization import Prediction
 
 log = logging.getLogger(__name__)
 
 SUMMARY = "Draw pictures from prompts."
 READING = ("prompt_weights", "long")
 SHEET, SHOWN = "sheet.png", 64  # the contact sheet, and how many pictures it shows at most
+PREVIEW = "preview.png"  # the batch that is being drawn
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                              "faster, and the same up to rounding)")
     parser.add_argument("--tile", type=positive, metavar="PIXELS",
                         help="decode large pictures by tiles of that side, with less memory (256); default: at once")
+    parser.add_argument("--preview", type=positive, metavar="N",
+                        help=f"every N steps write {PREVIEW} to the folder: what the network believes of the pictures by then")
     parser.add_argument("--no-metadata", action="store_true", help="keep prompts and settings out of the files")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
@@ -75,18 +81,20 @@ def run(args: argparse.Namespace) -> None:
     order = order_from(args)
     folder = Path(args.outdir)
     files = [folder / f"{i:05d}.png" for i in range(len(order.prompts) * order.samples)]
-    check_free([*files, folder / SHEET] if len(files) > 1 else files, args.overwrite)
+    beside = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview)
+    check_free([*files, *beside], args.overwrite)
     if args.from_image:
         old = png.read(args.from_image)
         for name in ("precision", "autoencoder_precision", "tile"):
             if getattr(args, name) is None:
                 setattr(args, name, old.get(name))
+        args.lora = args.lora or old.get("lora") or []
     bundle = load_model(args)
-    facts = facts_of(bundle, args.batch_size, args.tile)
+    facts = facts_of(bundle, args.batch_size, args.tile) | ({"lora": args.lora} if args.lora else {})
     if args.from_image:
         warn_of_differences(args.from_image, facts)
     with enough_memory():
-        draw(bundle, order, files, args.batch_size, args.tile, None if args.no_metadata else facts)
+        draw(bundle, order, files, args.batch_size, args.tile, None if args.no_metadata else facts, args.preview)
     print(f"{len(files)} picture{'s' * (len(files) > 1)} in {folder}")
     if len(files) > 1:
         print(f"{'all' if len(files) <= SHOWN else f'the first {SHOWN}'} on {folder / SHEET}")
@@ -165,8 +173,10 @@ def warn_of_differences(image: str, facts: dict) -> None:
             log.warning("%s was made with %s %s, now it is %s: the picture may differ", image, key, old[key], value)
 
 
-def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile: int | None, facts: dict | None) -> None:
-    """Writes the pictures, each file as soon as it is drawn, and a sheet of them all. facts: goes into the files."""
+def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile: int | None, facts: dict | None,
+         preview: int | None = None) -> None:
+    """Writes the pictures, each file as soon as it is drawn, and a sheet of them all. facts: goes into the files; preview: how
+    many steps a look at the unfinished ones is worth."""
     import torch
     from tqdm import tqdm
 
@@ -180,13 +190,17 @@ def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile:
              "times": chosen["times"], "scale": guidance["scale"], **({"guidance": guidance} if more else {}),
              "size": order.size or bundle.sampling.get("size"), **(facts or {}),
              **{name: value for name, value in order.reading.items() if value is not None}}  # fmt: skip
-    shown = []
+    shown, folder = [], files[0].parent
     batches = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
     with tqdm(total=len(batches) * chosen["steps"], desc="drawing", unit="step", disable=None) as bar:
+        def look(step: int, t: float, x: Tensor, guess: Prediction) -> None:
+            bar.update()
+            if preview and step % preview == 0:
+                png.write(folder / PREVIEW, sheet(bundle.preview(guess, tile).cpu(), [f"step {step}"] * len(x)), None)
+
         for batch in batches:
             pictures = bundle.generate([prompts[i] for i in batch], seed=order.seed, indices=batch, size=order.size,
-                                       negative_prompt=order.negative, callback=lambda *_: bar.update(), tile=tile,
-                                       **order.reading, **chosen)
+                                       negative_prompt=order.negative, callback=look, tile=tile, **order.reading, **chosen)
             for i, picture in zip(batch, pictures.cpu(), strict=True):
                 own = {"prompt": prompts[i], "seed": order.seed + i, **about}
                 png.write(files[i], to_image(picture), own if facts else None)
@@ -195,4 +209,4 @@ def draw(bundle: Bundle, order: Order, files: list[Path], batch_size: int, tile:
         columns = order.samples if 1 < order.samples < len(files) else None
         page = sheet(torch.stack(shown), prompts[:SHOWN], columns)
         own = {"prompts": prompts[:SHOWN], "seed": order.seed, **about}
-        png.write(files[0].parent / SHEET, page, own if facts else None)
+        png.write(folder / SHEET, page, own if facts else None)

@@ -64,14 +64,14 @@ def weight_problems(module: nn.Module, optimizers: Sequence[torch.optim.Optimize
     names = {id(p): name for name, p in module.named_parameters()}
     held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     trained = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-    asleep = [f"{name}.{key}" for name, part in module.named_modules() if part.training
-              for key, p in part.named_parameters(recurse=False) if not p.requires_grad]  # fmt: skip
+    awake = [name for name, part in parts_of(module) if not any(p.requires_grad for p in part.parameters())
+             and any(inner.training for inner in part.modules())]  # fmt: skip
     found = {
         "in no optimizer, though it asks for gradients": [name for key, name in trained.items() if key not in held],
         "in several groups of optimizers": [names.get(key, "a weight of no part") for key, n in held.items() if n > 1],
         "frozen, but in an optimizer": [names[key] for key in held if key in names and key not in trained],
         "in an optimizer, but in no part of the module": ["a weight"] * sum(key not in names for key in held),
-        "frozen, but in training mode": asleep,
+        "frozen, but in training mode": awake,
     }
     return [f"{_some(weights)}: {what}" for what, weights in found.items() if weights]
 

@@ -50,13 +50,15 @@ class Cache:
 
 
 class Guidance(TypedDict, total=False):
-    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); and
-    the share in which the guided prediction gets back its standard deviation (null: none)."""
+    """Classifier-free guidance: its scale; the times low <= t <= high of the process at which it guides (null: all); the
+    share in which the guided prediction gets back its standard deviation (null: none); and how many of the latents' channels
+    it guides, the first ones (null: all)."""
 
     scale: float
     low: float | None
     high: float | None
     rescale: float | None
+    channels: int | None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Config:
     logging: dict | None = None
     checkpoint: dict | None = None
     trainer: dict | None = None
+    init_from: str | None = None
 
 
 def load(paths: Sequence[str | Path], overrides: Iterable[str] = ()) -> DictConfig:

@@ -69,8 +69,17 @@ def parse(text: str) -> str | dict | list[float]:
         key, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"{text}: {part!r}: options are written option=value")
-        spec[key.strip()] = yaml.safe_load(value)
+        spec[key.strip()] = _value(value)
     return spec
+
+
+def _value(text: str) -> Any:
+    """What YAML reads, and numbers such as 1e9, which it takes for text."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _parts(text: str) -> list[str]:

@@ -9,17 +9,37 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 NAMED = 3  # keys of a kind that a message names
 
 
+class Unfilled(TorchFunctionMode):
+    """Tensors are made on the meta device, and as there is nothing to fill there, what initialises weights is left out: a large
+    network is made in half the time that ``torch.device("meta")`` needs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in FILLING and (filled := args[0] if args else kwargs["tensor"]).is_meta:
+            return filled
+        if function in MAKING and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+MAKING = {getattr(torch, name) for name in ("arange empty empty_strided eye full linspace logspace ones rand randint randn randperm "
+                                            "scalar_tensor tensor zeros").split()}  # fmt: skip
+FILLING = {Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_, nn.init.uniform_, nn.init.normal_, nn.init.constant_,
+           nn.init.kaiming_uniform_, nn.init.kaiming_normal_}  # fmt: skip
+
+
 def without_weights(make: Callable[[], nn.Module]) -> nn.Module:
     """A module on the meta device; a real one where it holds tensors that its state dict lacks, which would be lost."""
-    with torch.device("meta"):
+    with Unfilled():
         module = make()
-    saved = module.state_dict()
-    lost = any(name not in saved for name, _ in module.named_buffers())
+    buffers = {name for name, _ in module.named_buffers()}
+    lost = bool(buffers) and not buffers <= module.state_dict().keys()
     lost |= any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
     return make() if lost else module
 
@@ -28,6 +48,11 @@ def required(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tens
     """The weights but for those that a checkpoint may hold or not, of any size (a part's ``optional``: names of buffers)."""
     free = {f"{name}.{key}" for name, part in module.named_modules() for key in getattr(part, "optional", ())}
     return {key: value for key, value in weights.items() if key not in free}
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether it has no contents yet."""
+    return any(p.is_meta for p in module.parameters())
 
 
 def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

@@ -38,6 +38,7 @@ class Emoji(Dataset[dict]):
     split: "held_out" is about `held_out_share` of the base names (see base_name) with all their variants, chosen by
         hash of `seed` and name; "train" the others. So no held-out picture is another skin tone, gender or direction
         of a training picture.
+    match: of the split only those in whose names this is found, a regular expression (upper and lower case alike).
     """
 
     channels = 3
@@ -49,14 +50,21 @@ class Emoji(Dataset[dict]):
         split: Literal["train", "held_out", "all"] = "train",
         held_out_share: float = 0.05,
         seed: int = 23,
+        match: str | None = None,
     ) -> None:
         if not 0 <= held_out_share < 1:
             raise UserError(f"held_out_share: {held_out_share}; it takes a number from 0 to below 1, such as 0.05")
         self.pictures, self.split = WebDataset(shards, size), split
         held = [fraction(seed, base_name(caption)) < held_out_share for caption in self._captions()]
-        self.pictures.keep([split == "all" or out == (split == "held_out") for out in held])
+        try:
+            wanted = re.compile(match or "", re.IGNORECASE)
+        except re.error as error:
+            raise UserError(f"match: {match!r} is no regular expression: {error}") from error
+        self.pictures.keep([(split == "all" or out == (split == "held_out")) and bool(wanted.search(caption))
+                            for out, caption in zip(held, self._captions(), strict=True)])  # fmt: skip
         if not len(self):
-            raise UserError(f"{shards}: no picture is in the split {split!r}: held_out_share is {held_out_share}")
+            named = "" if match is None else f" and has a name like {match!r}"
+            raise UserError(f"{shards}: no picture is in the split {split!r}{named}: held_out_share is {held_out_share}")
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -129,7 +129,7 @@ def process_of(words: Mapping[str, Any]) -> dict:
     if words["noise_schedule"] == "linear" and steps != 1000:
         params |= {"start": 1e-4 * 1000 / steps, "end": 2e-2 * 1000 / steps}
     if words["rescale_timesteps"]:
-        params["told"] = "thousandths"
+        params["tells"] = "thousandth"
     return {"target": DDPM, "params": params}
 
 
@@ -189,7 +189,7 @@ def sampling_words(sampling: Mapping) -> dict:
 def process_words(block: Mapping | None) -> dict:
     params = (block or {}).get("params") or {}
     words = {"noise_schedule": params.get("schedule"), "diffusion_steps": params.get("steps", 1000),
-             "rescale_timesteps": params.get("told") == "thousandths"}  # fmt: skip
+             "rescale_timesteps": params.get("tells") == "thousandth"}  # fmt: skip
     known = bool(block) and block["target"] == DDPM and words["noise_schedule"] in adm_words.SCHEDULES
     if not known or not same(build(block), build(process_of(words))):
         raise UserError(f"guided-diffusion has DDPM's linear and cosine betas, not the process {dict(block or {})}")

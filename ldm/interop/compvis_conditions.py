@@ -21,6 +21,7 @@ VISION = {768: "openai/clip-vit-large-patch14", 1024: "laion/CLIP-ViT-H-14-laion
 TEXT_SIZES = {"n_embed": "width", "n_layer": "layers", "vocab_size": "vocab_size", "max_seq_len": "max_length",
               "max_length": "max_length"}  # fmt: skip
 GUIDED, CLASSES = 7.5, 3.0  # scales that texts and classes are drawn with where nothing else is asked for
+DROPOUT = 0.1  # share of samples that the published models were trained on without a condition
 
 
 class Part(NamedTuple):
@@ -100,15 +101,19 @@ def _stage(stage: Mapping, around: Around) -> Part:
     return known[name](params, around)
 
 
-def _text(around: Around, prefix: str, said: Mapping, **given: Any) -> Part:
-    """The text encoder under this prefix. ``said``: what the yaml says of it, which its shapes have to agree with."""
+def _text(around: Around, layout: str, prefix: str, said: Mapping, **given: Any) -> Part:
+    """The text encoder under this prefix, of this layout. ``said``: what the yaml says of it, which its shapes have to agree
+    with."""
     found = text_names.infer(around.tensors, prefix, around.origin, **given)
+    if found.layout != layout:
+        raise UserError(f"{around.origin}: the yaml is of a model with a text encoder of {layout}, the weights have one of "
+                        f"{found.layout}: it belongs to another checkpoint")
     params = {key: value for key, value in found.block["params"].items() if value is not None}
     for theirs, ours in TEXT_SIZES.items():
         if theirs in said and said[theirs] != params.get(ours, said[theirs]):
             raise UserError(f"{around.origin}: the yaml says {theirs} {said[theirs]} of the text encoder, the weights are of "
                             f"{params[ours]}: it belongs to another checkpoint")
-    return Part(found.block["target"], params, found.rows, GUIDED)
+    return Part(found.block["target"], params | {"dropout": DROPOUT}, found.rows, GUIDED)
 
 
 def _clip(params: Mapping, around: Around, prefix: str = f"{COND}transformer.") -> Part:
@@ -122,7 +127,7 @@ def _clip(params: Mapping, around: Around, prefix: str = f"{COND}transformer.") 
     if beside.is_file():  # what no shape tells
         sizes = json.loads(beside.read_text())
         which |= {"heads": sizes["num_attention_heads"], "activation": sizes["hidden_act"]}
-    return _text(around, prefix, params, vocabulary=vocabulary(version, around.folder), **which)
+    return _text(around, "hf_clip", prefix, params, vocabulary=vocabulary(version, around.folder), **which)
 
 
 def _open_clip(params: Mapping, around: Around, prefix: str = f"{COND}model.", **others: Any) -> Part:
@@ -131,11 +136,11 @@ def _open_clip(params: Mapping, around: Around, prefix: str = f"{COND}model.", *
         raise UserError(f"{around.origin}: FrozenOpenCLIPEmbedder's layer: {layer!r}; read are 'last' and 'penultimate'")
     if arch not in HEADS:
         raise UserError(f"{around.origin}: OpenCLIP's {arch} is not known here{near(arch, HEADS)}; there are {', '.join(HEADS)}")
-    return _text(around, prefix, params, heads=HEADS[arch], layer=-1 if layer == "last" else -2, vocabulary="clip", **others)
+    return _text(around, "open_clip", prefix, params, heads=HEADS[arch], layer=-1 if layer == "last" else -2, vocabulary="clip", **others)
 
 
 def _bert(params: Mapping, around: Around) -> Part:
-    part = _text(around, f"{COND}transformer.", params)
+    part = _text(around, "x_transformer", f"{COND}transformer.", params)
     if around.params.get("cond_stage_key") in ("coordinates_bbox", "objects_bbox"):
         sizes = part.params
         boxes = {"classes": sizes["vocab_size"] - 1, "objects": (sizes["max_length"] - 2) // 3, "vocabulary": sizes["vocab_size"],
@@ -147,9 +152,10 @@ def _bert(params: Mapping, around: Around) -> Part:
 
 def _class(params: Mapping, around: Around) -> Part:
     classes = params.get("n_classes", 1000)
-    return Part("ldm.conditioners.label.ClassLabel", {"classes": classes, "width": params["embed_dim"], "to": "tokens",
-                                                      "null_row": False},
-                pair("embedding", f"{COND}embedding", ["weight"]), 1.0 if classes == 1000 else CLASSES)  # fmt: skip
+    guided = classes != 1000  # all of ImageNet's classes, and none for "no class"
+    values = {"classes": classes, "width": params["embed_dim"], "to": "tokens", "null_row": False, "dropout": DROPOUT * guided}
+    return Part("ldm.conditioners.label.ClassLabel", values, pair("embedding", f"{COND}embedding", ["weight"]),
+                CLASSES if guided else 1.0)  # fmt: skip
 
 
 def _rescaler(params: Mapping, around: Around) -> Part:

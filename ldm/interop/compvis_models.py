@@ -40,8 +40,13 @@ def holds(keys: Iterable[str]) -> bool:
 
 
 def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> tuple[dict, dict[str, Tensor]]:
-    """-> what a checkpoint of ours would say of this model, and its weights by the names of a Bundle, the averaged ones behind
-    "ema.". Every tensor is in one row of the tables, or known to mean nothing to a model.
+    """-> what a checkpoint of ours would say of this model, and its weights by the names of a Bundle."""
+    return planned(tensors, config, origin)[:2]
+
+
+def planned(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> tuple[dict, dict[str, Tensor], Bundle]:
+    """-> what a checkpoint of ours would say of this model; its weights by the names of a Bundle, the averaged ones behind
+    "ema."; the Bundle without weights. Every tensor is in one row of the tables, or known to mean nothing to a model.
 
     Args:
         config: the yaml that it was trained with; None: one of the published models, known by its shapes.
@@ -65,7 +70,7 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
     if "scale_factor" in tensors:
         found["autoencoder.statistics_count"] += 1  # measured, on a batch of nobody knows how many
     found = unfolded(found | statistics(expected), tensors)
-    return {"kind": "diffusion", "config": ours, "sampling": ours["sampling"], "layout": "compvis"}, found
+    return {"kind": "diffusion", "config": ours, "sampling": ours["sampling"], "layout": "compvis"}, found, bundle
 
 
 def rows_of(bundle: Bundle, config: Mapping, conditions: list[Part]) -> list[Row]:

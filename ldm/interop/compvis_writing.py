@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from ldm.bundle import Bundle
 from ldm.common.build import plain
-from ldm.common.files import UserError
+from ldm.common.files import UserError, atomic_write
 from ldm.conditioners.base import Conditioner
-from ldm.interop import compvis, compvis_unet, sgm_writing, text_names, unet_names
+from ldm.conditioners.clip import ClipText
+from ldm.interop import compvis, compvis_unet, sgm_writing, text_folders, text_names, unet_names
 from ldm.interop.compvis_conditions import COND, HEADS, UNET
 from ldm.interop.compvis_models import FIRST_STAGE
 from ldm.interop.folding import folded, originals, scale_factor
@@ -24,6 +27,8 @@ from ldm.process import Discrete, step_posterior
 ENCODERS, DIFFUSION = "ldm.modules.encoders.modules.", "ldm.models.diffusion.ddpm."
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "sqrt": "sqrt", "cosine": "cosine"}  # ours -> theirs
 PARAMETERIZATIONS = {"noise": "eps", "data": "x0", "v": "v"}
+GENUINE = 49408  # words of CLIP's vocabulary; another one goes into a folder beside the checkpoint
+TOKENIZER = "tokenizer"
 
 
 class Stage(NamedTuple):
@@ -113,7 +118,7 @@ def _clip(conditioner: Any, params: Mapping) -> Stage:
         which = {} if conditioner.layer == layers and params["final_norm"] else {"layer": "hidden", "layer_idx": conditioner.layer}
         if which and params["final_norm"]:
             raise UserError(f"FrozenCLIPEmbedder has no layer {conditioner.layer} with the final norm")
-        version = params["vocabulary"] if params["vocabulary"] not in (None, "clip") else "openai/clip-vit-large-patch14"
+        version = "openai/clip-vit-large-patch14" if params["vocab_size"] == GENUINE else TOKENIZER
         target, values = "FrozenCLIPEmbedder", {"version": version, "max_length": params["max_length"], **which}
     else:
         arch = next((arch for arch, count in HEADS.items() if count == heads), None)
@@ -261,6 +266,16 @@ def _parameterization(name: Any) -> str:
     if name not in PARAMETERIZATIONS:
         raise UserError(f"CompVis has no parameterization {name!r}; it has those that are called {', '.join(PARAMETERIZATIONS)} here")
     return PARAMETERIZATIONS[name]
+
+
+def write_tokenizer(bundle: Bundle, folder: Path) -> None:
+    """A vocabulary of its own, if the text encoder has one, with what no shape tells of the encoder, as a folder beside the
+    checkpoint."""
+    for (_, conditioner), block in parts(bundle.conditioner, bundle.config["model"]["params"].get("conditioner")):
+        if isinstance(conditioner, ClipText) and defaults(block)["vocab_size"] != GENUINE:
+            text_folders.write_tokenizer(conditioner, folder / TOKENIZER)
+            with atomic_write(folder / TOKENIZER / text_folders.CONFIG) as temporary:
+                temporary.write_text(json.dumps(text_folders.config_of(conditioner, defaults(block)), indent=1))
 
 
 def buffers(process: Discrete, prefix: str = "") -> dict[str, Tensor]:

@@ -49,12 +49,18 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
     if config is None:
         raise UserError(f"{origin}: an autoencoder of diffusers; its {CONFIG} is expected beside it")
     block = block_of(config, origin)
-    modern = {re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD[m[2]], key): value
-              for key, value in tensors.items()}  # fmt: skip
-    found = translated(block, "diffusers", modern, origin)
+    found = translated(block, "diffusers", modern(tensors), origin)
     shift, scale = statistics(config, origin)
     found["shift"], found["scale"] = found["shift"] + shift, found["scale"] * scale
     return about(block, "diffusers"), {f"autoencoder.{key}": value for key, value in found.items()}
+
+
+def modern(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By the names that the parts of attention have since 0.17."""
+    if not any(".attentions." in key and key.rsplit(".", 2)[-2] in OLD for key in tensors):
+        return dict(tensors)
+    return {re.sub(r"(attentions\.\d+\.)(query|key|value|proj_attn)\b", lambda m: m[1] + OLD[m[2]], key): value
+            for key, value in tensors.items()}  # fmt: skip
 
 
 def statistics(config: Mapping, origin: str) -> tuple[Tensor, Tensor]:  # numbers or (C,) each
@@ -104,6 +110,13 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     Raises:
         UserError: where it has no place for it.
     """
+    config = config_of(bundle)
+    return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
+            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
+
+
+def config_of(bundle: Bundle) -> dict:
+    """config.json of the bundle's autoencoder. UserError where there is no such autoencoder there."""
     params = settings_for(bundle, "diffusers")
     spec, mult = bundle.autoencoder.spec, params["mult"] or [1, 2, 4, 4]
     inner, outer = params["attention_levels"] or [], params["decoder_attention_levels"]
@@ -129,8 +142,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
         config |= {"vq_embed_dim": spec.channels, "num_vq_embeddings": params["bottleneck"]["codes"]}
     else:
         config |= {"use_quant_conv": params["pre"], "use_post_quant_conv": params["post"]}
-    return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
-            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
+    return config
 
 
 def _scaling(shift: Tensor, scale: Tensor, vq: bool) -> dict:

@@ -11,8 +11,9 @@ from ldm.interop.compvis_unet import GROUPS, UNET
 from ldm.networks.unet import UNet
 
 TEXT, PLAIN = "UNet2DConditionModel", "UNet2DModel"
-DOWN = {"CrossAttnDownBlock2D": "transformer", "AttnDownBlock2D": "self", "DownBlock2D": None}  # -> kind of attention
-UP = {"CrossAttnUpBlock2D": "transformer", "AttnUpBlock2D": "self", "UpBlock2D": None}
+BLOCKS = {  # names of blocks of the way down -> kind of attention; those of the way up have Up in place of Down
+    "CrossAttnDownBlock2D": "transformer", "AttnDownBlock2D": "self", "DownBlock2D": None, "ResnetDownsampleBlock2D": None,
+}  # fmt: skip
 ONLY = {  # settings that have one value here; others build another network
     "center_input_sample": (False,), "flip_sin_to_cos": (True,), "freq_shift": (0,), "act_fn": ("silu", "swish"),
     "norm_eps": (1e-5,), "downsample_padding": (1,), "mid_block_scale_factor": (1,), "dual_cross_attention": (False,),
@@ -28,9 +29,10 @@ ONLY = {  # settings that have one value here; others build another network
 }  # fmt: skip
 READ_HERE = ("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
              "attention_head_dim", "num_attention_heads", "transformer_layers_per_block", "cross_attention_dim",
-             "use_linear_projection", "only_cross_attention", "mid_block_only_cross_attention", "norm_num_groups", "dropout",
+             "use_linear_projection", "only_cross_attention", "norm_num_groups", "dropout",
              "num_class_embeds", "projection_class_embeddings_input_dim", "addition_time_embed_dim", "add_attention")  # fmt: skip
-IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "num_train_timesteps")
+IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "num_train_timesteps",
+           "mid_block_only_cross_attention")  # fmt: skip  (the last: its middle block does not look at it)
 
 
 class Sizes(NamedTuple):
@@ -57,11 +59,10 @@ def block_of(config: Mapping, origin: str) -> tuple[dict, Sizes]:
     text = kind == TEXT
     widths = list(config.get("block_out_channels") or ((320, 640, 1280, 1280) if text else (224, 448, 672, 896)))
     levels = len(widths)
-    attended = _attention(config, text, levels, origin)
+    attended, resnets = _levels(config, text, levels, origin)
     depth = per_level(config.get("transformer_layers_per_block", 1), levels)
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     only = config.get("only_cross_attention", False)
-    middle = config.get("mid_block_only_cross_attention")
     has_middle = config.get("add_attention", True)
     params: dict[str, Any] = {
         "model_channels": widths[0], "channel_mult": [_ratio(width, widths[0]) for width in widths],
@@ -69,17 +70,12 @@ def block_of(config: Mapping, origin: str) -> tuple[dict, Sizes]:
         "transformer_depth": [layers if there else 0 for layers, there in zip(depth, attended, strict=True)],
         "middle_depth": depth[-1] if has_middle else 0, "groups": config.get("norm_num_groups", GROUPS),
         "scale_shift": config.get("resnet_time_scale_shift") == "scale_shift", "dropout": config.get("dropout", 0.0),
-        "resblock_updown": config.get("downsample_type") == "resnet",
+        "resblock_updown": resnets,
     }  # fmt: skip
-    if (config.get("downsample_type") == "resnet") != (config.get("upsample_type") == "resnet"):
-        raise UserError(f"{origin}: downsample_type {config.get('downsample_type')!r} with upsample_type "
-                        f"{config.get('upsample_type')!r}; read are both alike")
     if text:
         params |= {"linear_projections": config.get("use_linear_projection", False), "num_heads": _plain(heads)}
         if only is True or isinstance(only, (list, tuple)):
             params["cross_only"] = [bool(flag) for flag in per_level(only, levels)]
-        if middle if middle is not None else only is True:
-            params["middle_cross_only"] = True
     elif heads is None:
         params["num_heads"] = 1
     else:
@@ -101,7 +97,7 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
     size: side of the latents that it was trained on.
     """
     for name, value in (("patch_size", 1), ("qk_norm", False), ("dims", 2), ("conv_resample", True), ("ff_mult", 4),
-                        ("attention_blocks", None), ("up_heads", None)):  # fmt: skip
+                        ("attention_blocks", None), ("up_heads", None), ("middle_cross_only", False)):  # fmt: skip
         if params[name] != value:
             raise UserError(f"diffusers has no UNet with {name}: {params[name]!r}, only {value!r}")
     depths, levels = list(params["transformer_depth"]), len(params["channel_mult"])
@@ -114,14 +110,15 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
     if len(groups) > 1:
         raise UserError(f"diffusers has no UNet whose normalisations have different numbers of groups ({sorted(groups)}): "
                         "train with network.params.groups, such as 32")
-    kinds = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if text else ("AttnDownBlock2D", "AttnUpBlock2D")
+    kinds = ["CrossAttnDownBlock2D" if text else "AttnDownBlock2D",
+             "ResnetDownsampleBlock2D" if params["resblock_updown"] else "DownBlock2D"]  # fmt: skip
+    down = [kinds[0] if depth else kinds[1] for depth in depths]
     middle = network.middle[0].attention
     config = {
         "_class_name": TEXT if text else PLAIN, "sample_size": size, "in_channels": sizes.in_channels,
         "out_channels": sizes.out_channels, "block_out_channels": widths, "norm_num_groups": groups.pop(),
         "layers_per_block": params["num_res_blocks"], "dropout": params["dropout"],
-        "down_block_types": [kinds[0] if depth else "DownBlock2D" for depth in depths],
-        "up_block_types": [kinds[1] if depth else "UpBlock2D" for depth in reversed(depths)],
+        "down_block_types": down, "up_block_types": [_up(name) for name in reversed(down)],
         "resnet_time_scale_shift": "scale_shift" if params["scale_shift"] else "default",
     }  # fmt: skip
     heads = [width // params["head_channels"] for width in widths] if params["head_channels"] else per_level(
@@ -138,7 +135,6 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
             "cross_attention_dim": sizes.context_dim, "attention_head_dim": heads if len(set(heads)) > 1 else heads[0],
             "transformer_layers_per_block": layers if len(set(layers)) > 1 else layers[0],
             "use_linear_projection": params["linear_projections"], "only_cross_attention": only or False,
-            "mid_block_only_cross_attention": params["middle_cross_only"],
         }  # fmt: skip
     else:
         narrow = {width // n for width, n, depth in zip(widths, heads, depths, strict=True) if depth}
@@ -153,21 +149,38 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
     return config
 
 
-def _attention(config: Mapping, text: bool, levels: int, origin: str) -> list[bool]:
-    """Whether each level attends. UserError where the way up does not mirror the way down."""
+def _levels(config: Mapping, text: bool, levels: int, origin: str) -> tuple[list[bool], bool]:
+    """Whether each level attends, and whether resolutions change inside residual blocks. UserError where the way up does not
+    mirror the way down, or levels differ in the latter."""
     kind = "transformer" if text else "self"
-    default = (["CrossAttn{}Block2D"] * 3 + ["{}Block2D"] if text else ["{}Block2D"] + ["Attn{}Block2D"] * 3)
-    found = []
-    for name, known, way in (("down_block_types", DOWN, "Down"), ("up_block_types", UP, "Up")):
-        given = list(config.get(name) or (each.format(way) for each in (default if way == "Down" else reversed(default))))
-        wrong = [each for each in given if known.get(each, "?") not in (kind, None)]
-        if wrong or len(given) != levels:
-            said = [each for each, attends in known.items() if attends in (kind, None)]
-            raise UserError(f"{origin}: {name}: {given}; expected {levels} of {', '.join(said)}")
-        found.append([known[each] is not None for each in given])
-    if found[0] != found[1][::-1]:
+    known = {name: attends for name, attends in BLOCKS.items() if attends in (kind, None)}
+    default = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"] if text else ["DownBlock2D"] + ["AttnDownBlock2D"] * 3
+    down = list(config.get("down_block_types") or default)
+    up = list(config.get("up_block_types") or map(_up, reversed(default)))
+    for name, given, accepted in (("down_block_types", down, list(known)), ("up_block_types", up, list(map(_up, known)))):
+        if any(each not in accepted for each in given) or len(given) != levels:
+            raise UserError(f"{origin}: {name}: {given}; expected {levels} of {', '.join(accepted)}")
+    attended = [known[each] is not None for each in down]
+    if [known[_down(each)] is not None for each in up][::-1] != attended:
         raise UserError(f"{origin}: up_block_types do not mirror down_block_types; read are those that do")
-    return found[0]
+    resnets = {_resnet(each, config.get("downsample_type")) for each in down[:-1]}
+    resnets |= {_resnet(_down(each), config.get("upsample_type")) for each in up[:-1]}
+    if len(resnets) > 1:
+        raise UserError(f"{origin}: some levels change their resolution inside a residual block and some do not (down_block_types "
+                        f"{down}, up_block_types {up}, downsample_type, upsample_type); read are all alike")
+    return attended, resnets == {True}
+
+
+def _resnet(name: str, kind: str | None) -> bool:
+    return name == "ResnetDownsampleBlock2D" or (name == "AttnDownBlock2D" and kind == "resnet")
+
+
+def _up(name: str) -> str:
+    return name.replace("Downsample", "Upsample").replace("DownBlock", "UpBlock")
+
+
+def _down(name: str) -> str:
+    return name.replace("Upsample", "Downsample").replace("UpBlock", "DownBlock")
 
 
 def _vector(config: Mapping, origin: str) -> tuple[str | None, int | None, str]:

@@ -22,8 +22,8 @@ from ldm.common.named import options_of, split
 from ldm.interop.names import defaults
 from ldm.interop.scheduler_settings import CLASSES
 from ldm.interop.schedulers import LEAST, SAYS, SCHEDULES, read
-from ldm.process import EDM, Discrete, Process, RectifiedFlow
-from ldm.samplers import SAMPLERS, ddim, dpmpp_2m, dpmpp_2m_sde, euler
+from ldm.process import EDM, Discrete, Process, RectifiedFlow, steps_of
+from ldm.samplers import SAMPLERS, ddim, dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, euler
 from ldm.times import make_times
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ BETAS = {ours: theirs for theirs, ours in SCHEDULES.items()}
 PREDICTION = {ours: theirs for theirs, ours in SAYS.items()}
 SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 DPM = "DPMSolverMultistep"
+APART = 0.2  # of a training step, in what the network is told
 
 
 def write(process: Mapping | None, parameterization: str | Mapping = "flow", variance: str = "fixed",
@@ -84,7 +85,7 @@ def of_betas(made: Discrete, params: Mapping, parameterization: str | Mapping, v
         learned = {} if variance == "fixed" else {"variance_type": variance}
         own = {"prediction_type": PREDICTION[parameterization], **schedule(kind, made, params), **settings, **learned}
         for levels in (None, *SPACINGS):
-            yield kind, own | spacing(sampling["times"]) | ({levels: True} if levels else {})
+            yield kind, spacing(sampling["times"]) | own | ({levels: True} if levels else {})
 
 
 def schedule(kind: str, made: Discrete, params: Mapping) -> Settings:
@@ -104,9 +105,9 @@ def of_edm(made: EDM, parameterization: str | Mapping, sampling: Mapping) -> Ite
     block = {"target": "ldm.parameterization.Preconditioned"} if parameterization == "edm" else parameterization
     if not isinstance(block, Mapping) or not block["target"].endswith(".Preconditioned"):
         raise UserError(f"diffusers has no parameterization {parameterization!r} of the process EDM; it has edm")
-    if made.told != "c_noise":
+    if made.tells != "c_noise":
         raise UserError("diffusers tells the network of an EDM process ln(sigma) / 4, and this one was told its share of a "
-                        "thousand; train with process.params.told=c_noise")  # fmt: skip
+                        "thousand; train with process.params.tells=c_noise")  # fmt: skip
     how, said = defaults(block), options_said(sampling["times"])
     own = {"sigma_min": made.t_min, "sigma_max": made.t_max, "sigma_data": how["sigma_data"], "rho": said.get("rho", 7.0),
            "prediction_type": "v_prediction" if how["negative"] else "epsilon", **spacing(sampling["times"])}  # fmt: skip
@@ -120,6 +121,8 @@ def of_flow(made: RectifiedFlow, parameterization: str | Mapping, sampling: Mapp
         raise UserError(f"diffusers has no parameterization {parameterization!r} of a flow; it has flow and data")
     said = options_said(sampling["times"])
     shift = made.shift * said.get("shift", 1.0)
+    if said.get("over") == "sigma" and 0 < said.get("sigma_min", 0) < 1:  # their least is 0.001, shifted twice
+        shift = math.sqrt(999 * said["sigma_min"] / (1 - said["sigma_min"]))
     solver = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": PREDICTION[parameterization]}
     matching = {"EulerDiscrete": ("FlowMatchEulerDiscrete", {}), "HeunDiscrete": ("FlowMatchHeunDiscrete", {}),
                 "DDIM": ("FlowMatchEulerDiscrete", {}), "LCM": ("FlowMatchLCM", {})}  # fmt: skip
@@ -138,23 +141,33 @@ def classes(sampler: str | Mapping) -> list[tuple[str, Settings]]:
     name, said = call.__name__, {key: o[key] for key in ("lower_order_final",) if key in o}
     if name == "ddim":
         first, second = ("EulerDiscrete", "DDIM") if split(sampler)[0] == "euler" else ("DDIM", "EulerDiscrete")
-        return [("EulerAncestralDiscrete", {})] if o["eta"] else [(first, {}), (second, {}), (DPM, {"solver_order": 1})]
-    if name in ("dpmpp_2m_sde", "dpmpp_3m_sde"):
-        return [(DPM, said | {"solver_order": int(name[6]), "algorithm_type": f"{'sde-' * bool(o['eta'])}dpmsolver++",
-                              "solver_type": o["solver"]})]  # fmt: skip
+        if o["eta"]:
+            return [("EulerAncestralDiscrete", {}), (DPM, {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"})]
+        return [(first, {}), (second, {}), (DPM, {"solver_order": 1})]
+    if name in ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde"):
+        return [(DPM, said | algorithm(o) | {"solver_order": o.get("order", 2), "solver_type": o.get("solver", "midpoint")})]
+    if name == "dpm_fast":
+        rule = "heun" if o["solver"] == "heun" else "midpoint"
+        return [("DPMSolverSinglestep", said | algorithm(o) | {"solver_order": o["order"], "solver_type": rule})]
     if name == "ddpm":
-        kind = o["variance"] if o["variance"].startswith("learned") else f"fixed_{o['variance']}"
-        return [("DDPM", {"variance_type": kind})]
+        kinds = {"large": "fixed_large", "learned_range": "learned_range"}
+        return [("DDPM", {"variance_type": kinds.get(o["variance"], "fixed_small")})]
     if name == "unipc":
-        return [("UniPCMultistep", said | {"solver_order": o["order"], "solver_type": o["variant"],
+        return [("UniPCMultistep", said | {"solver_order": o["order"], "solver_type": o["variant"], "predict_x0": o["of"] == "data",
                                            "disable_corrector": [] if o["corrector"] else list(range(1000))})]  # fmt: skip
     return {
         "plms": [("PNDM", {"skip_prk_steps": o.get("start") == "euler"})], "euler": [("EulerDiscrete", {})],
         "heun": [("HeunDiscrete", {})], "dpm_2": [("KDPM2AncestralDiscrete" if o.get("eta") else "KDPM2Discrete", {})],
-        "lms": [("LMSDiscrete", {})], "dpmpp_sde": [("DPMSolverSDE", {})], "dpmpp_2m": [(DPM, said)],
-        "deis": [("DEISMultistep", said | {"solver_order": o.get("order")})],
+        "lms": [("LMSDiscrete", {})], "dpmpp_sde": [("DPMSolverSDE", {})], "tcd": [("TCD", {})],
+        "deis": [("DEISMultistep", {"solver_order": o.get("order"), "lower_order_final": o.get("final_order") == 1})],
         "lcm": [("LCM", {"timestep_scaling": o.get("scaling")}), ("EulerDiscrete", {"stochastic_sampling": True})],
     }.get(name, [])  # fmt: skip
+
+
+def algorithm(o: Mapping) -> Settings:
+    """That of DPM-Solver, which only with ++ goes all the way to the data."""
+    name = f"{'sde-' * bool(o.get('eta'))}dpmsolver"
+    return {"algorithm_type": f"{name}++"} if o["of"] == "data" else {"algorithm_type": name, "final_sigmas_type": "sigma_min"}
 
 
 def spacing(times: Any) -> Settings:
@@ -165,15 +178,16 @@ def spacing(times: Any) -> Settings:
     first = said.get("end") == "first" or name == "compvis"
     return {"timestep_spacing": {"leading": "leading", "compvis": "leading", "linspace": "linspace"}.get(name, "trailing"),
             "steps_offset": said.get("offset", 1) if name in ("leading", "compvis") else 0,
-            "original_inference_steps": said.get("of", 50), "set_alpha_to_one": not first,
+            "original_inference_steps": said.get("trained", 50), "set_alpha_to_one": not first,
             "final_sigmas_type": "sigma_min" if first else "zero"}  # fmt: skip
 
 
 def bounds(x0: str | Mapping | None) -> Settings:
     name, said = (None, {}) if x0 is None else split(x0)
-    return {"clip_sample": name == "clip", "clip_sample_range": said.get("bound", 1.0),
-            "thresholding": name == "dynamic_threshold", "dynamic_thresholding_ratio": said.get("quantile", 0.995),
-            "sample_max_value": said.get("most", math.inf)}  # fmt: skip
+    if name == "dynamic_threshold":
+        limits = {"dynamic_thresholding_ratio": said.get("quantile", 0.995), "sample_max_value": said.get("most", float("inf"))}
+        return {"clip_sample": False, "thresholding": True, **limits}
+    return {"clip_sample": name == "clip", "clip_sample_range": said.get("bound", 1.0)}
 
 
 # What became of it.
@@ -190,12 +204,11 @@ def differences(config: Mapping, made: Process, sampling: Mapping) -> list[str] 
     told = [name for name in ("x0", "start") if sampling.get(name) != walk.get(name)]
     if sampler_of(sampling["sampler"]) != sampler_of(walk["sampler"]):
         told.append("sampler")
-    ours, theirs = (process.exact(make_times(each["times"], process, steps))
-                    for process, each in ((made, sampling), (again, walk)))  # fmt: skip
-    if len(ours[0]) != len(theirs[0]) or not all(map(partial(torch.allclose, rtol=1e-4, atol=1e-5), ours, theirs)):
+    ours, theirs = (steps_of(make_times(each["times"], process, steps)) for process, each in ((made, sampling), (again, walk)))
+    if len(ours) != len(theirs) or not all(map(partial(torch.allclose, rtol=1e-4, atol=1e-5), made.exact(ours), again.exact(theirs))):
         told.append("times")
-    if getattr(made, "told", None) != getattr(again, "told", None):
-        told.append("what the network is told of times between the steps")
+    elif (made.time(ours[:, 0]) - again.time(theirs[:, 0])).abs().max() > APART:
+        told.append("what the network is told of time")
     return told
 
 
@@ -208,14 +221,18 @@ def options_said(spec: Any) -> dict:
 
 
 def sampler_of(spec: str | Mapping) -> tuple[Callable, dict]:
-    """The function and all its options; one of several where they mean the same."""
+    """The function and those of its options that matter; one of several where they mean the same."""
     name, said = split(spec)
     call, given = SAMPLERS[name], {}
     if isinstance(call, partial):
         call, given = call.func, call.keywords
     o = {key: inspect.signature(call).parameters[key].default for key in options_of(call)} | given | said
-    if call is dpmpp_2m_sde and o["eta"] == 0 and o["solver"] == "midpoint":
-        return dpmpp_2m, {"lower_order_final": o["lower_order_final"]}
     if call is euler and o["s_churn"] == 0:
-        return ddim, sampler_of("ddim")[1]
-    return call, o
+        call, o = ddim, sampler_of("ddim")[1]
+    if call is dpmpp_3m_sde and o["order"] == 2:
+        call = dpmpp_2m_sde
+    if call is dpmpp_2m_sde and o["eta"] == 0 and o["solver"] == "midpoint":
+        call = dpmpp_2m
+    idle = {key for key in o if key.startswith("s_")} if not (o.get("eta") or o.get("s_churn")) else set()
+    idle |= {"curvature"} if o.get("order") != 3 else set()
+    return call, {key: value for key, value in o.items() if key in options_of(call) and key not in idle}

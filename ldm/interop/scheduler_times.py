@@ -28,7 +28,7 @@ def times_of(o: Settings, process: Process) -> Any:
             raise o.refused("use_karras_sigmas", True)
         return {"name": name, **({"rho": o["rho"]} if name == "karras" and "rho" in o else {}), **ended(o)}
     if o.kind in ("LCM", "TCD"):
-        return {"name": "distilled", "of": o["original_inference_steps"], **ended(o)}
+        return {"name": "lcm", "trained": o["original_inference_steps"], **ended(o)}
     return levels(o, process) if o.spaced else even(o, process)
 
 
@@ -38,9 +38,11 @@ def even(o: Settings, process: Process) -> dict | list[float]:
         return clipped(o, process)
     if spacing == "leading":
         return {"name": "leading", "offset": o["steps_offset"], "divide": "n+1" if solver else "n", **end}
-    if o.kind in ("DDIM", "PNDM") and (spacing == "linspace" or o["num_train_timesteps"] % o.steps):
-        raise o.refused("timestep_spacing", "leading", "makes steps that overlap, as its times are not its stride apart")
+    if o.kind in ("DDIM", "PNDM"):  # step back by T // n, whatever lies between their times
+        end |= {"overlap": True}
     if spacing == "linspace":
+        if o.kind == "PNDM":
+            raise o.refused("timestep_spacing", "leading", "begins with a step that the network is told wrongly of")
         return {"name": "linspace", "points": "n+1" if solver else "n", "round": o.kind not in OVER_ALPHA, **end}
     return {"name": "linear", "round": True, **end}
 
@@ -54,12 +56,12 @@ def clipped(o: Settings, process: Process) -> list[float]:
 
 
 def levels(o: Settings, process: Process) -> dict:
-    name = {"lu": "exponential", "beta": "beta_levels"}.get(o.spaced, o.spaced)
-    given = {"span": even(o, process)} if o.kind in OVER_ALPHA else {}
+    name, given = {"lu": "exponential"}.get(o.spaced, o.spaced), {"over": "level"} if o.spaced == "beta" else {}
+    given |= {"span": even(o, process)} if o.kind in OVER_ALPHA else {}
     given |= {key: o[key] for key in ("sigma_min", "sigma_max") if o.get(key) is not None}
     if o.kind.startswith("KDPM2") and name == "karras":
         raise o.refused("use_karras_sigmas", False, "tells the network whole times in some calls and not in others")
-    if name == "beta_levels" and o.end == "first":
+    if name == "beta" and o.end == "first":
         raise o.refused("use_beta_sigmas", False)
     return {"name": name, **given, **ended(o)}
 
@@ -67,8 +69,10 @@ def levels(o: Settings, process: Process) -> dict:
 def flow(o: Settings) -> dict:
     shift, least = shift_of(o), 1 / o["num_train_timesteps"]
     low = least if o.get("use_dynamic_shifting") else shifted(least, shift)
-    return {"name": "flow_match", "shift": shift, "low": low, "terminal": o.get("shift_terminal") or None,
-            "spacing": o.spaced or "even"}  # fmt: skip
+    terminal = o.get("shift_terminal") or None
+    if not o.spaced:
+        return {"name": "flow_match", "shift": shift, "low": low, "terminal": terminal}
+    return {"name": o.spaced, "over": "sigma", "sigma_min": terminal or shifted(low, shift), "sigma_max": 1.0}
 
 
 def solver_flow(o: Settings) -> dict:
@@ -78,8 +82,8 @@ def solver_flow(o: Settings) -> dict:
     if o.spaced or o.get("shift_terminal"):
         raise o.refused("use_flow_sigmas", False, "together with other spacing has no counterpart here")
     if o.kind == "UniPCMultistep":  # from a little below 1, shifted
-        return {"name": "shifted", "shift": shift, "high": shifted(1 - 1e-6, 1 / shift), "low": least}
-    return {"name": "shifted", "shift": shift, "high": 1 - least}
+        return {"name": "shifted", "shift": shift, "first": shifted(1 - 1e-6, 1 / shift), "last": least}
+    return {"name": "shifted", "shift": shift, "first": 1 - least}
 
 
 def shift_of(o: Settings) -> float:

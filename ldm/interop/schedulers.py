@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ldm.common.build import build
-from ldm.common.files import UserError
 from ldm.interop.scheduler_settings import OVER_ALPHA, SOLVERS, Settings, settings
 from ldm.interop.scheduler_times import times_of
 
@@ -50,31 +49,33 @@ def read(config: Mapping, origin: str = "scheduler_config.json", steps: int = 50
 
 def process_of(o: Settings) -> dict:
     """Block of the process."""
-    told = told_of(o)
+    tells = tells_of(o)
     if o.is_flow:
-        return block("RectifiedFlow", **told)
+        return block("RectifiedFlow", **tells)
     if o.is_edm:
         if o["sigma_min"] is None or o["sigma_max"] is None:
             raise o.refused("sigma_min", 0.002, "needs a number, as sigma_max does")
-        return block("EDM", sigma_min=o["sigma_min"], sigma_max=o["sigma_max"], told="c_noise")
+        return block("EDM", sigma_min=o["sigma_min"], sigma_max=o["sigma_max"], tells="c_noise")
     zero = {"zero_terminal": True} if o.get("rescale_betas_zero_snr") else {}
     zero |= {"floor": LEAST} if zero and o.kind not in ("DDPM", "DDIM", "LCM", "TCD") else {}
+    if o.spaced or o.kind in OVER_ALPHA:  # in the classes over alpha even times may lie between the steps
+        zero |= {"between": "log_snr" if o.spaced else "level"}
     if o["trained_betas"] is not None:
-        return block("Table", betas=list(o["trained_betas"]), **zero, **told)
+        return block("Table", betas=list(o["trained_betas"]), **zero, **tells)
     ends = {} if o["beta_schedule"] == "squaredcos_cap_v2" else {"start": o["beta_start"], "end": o["beta_end"]}
-    return block("DDPM", schedule=SCHEDULES[o["beta_schedule"]], steps=o["num_train_timesteps"], **ends, **zero, **told)
+    return block("DDPM", schedule=SCHEDULES[o["beta_schedule"]], steps=o["num_train_timesteps"], **ends, **zero, **tells)
 
 
 def block(name: str, **params: Any) -> dict:
     return {"target": f"ldm.process.{name}", "params": params}
 
 
-def told_of(o: Settings) -> dict:
+def tells_of(o: Settings) -> dict:
     """Solvers tell the network whole times: of levels between the steps the nearest one, or the one below."""
     if o.kind not in SOLVERS or not (o.spaced or o.is_flow):
         return {}
     rounded = o.spaced in ("karras", "lu") and (o.kind != "DPMSolverMultistep" or o["beta_schedule"] != "squaredcos_cap_v2")
-    return {"told": "nearest" if rounded and not o.is_flow else "below"}
+    return {"tells": "whole" if rounded and not o.is_flow else "below"}
 
 
 def parameterization_of(o: Settings) -> str | dict:
@@ -122,81 +123,78 @@ def ddpm(o: Settings) -> dict:
     kinds = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "learned_range": "learned_range"}
     if o["variance_type"] not in kinds:
         raise o.refused("variance_type", "learned_range" if o["variance_type"] == "learned" else "fixed_large")
-    if kinds[o["variance_type"]] == "large" and (o["timestep_spacing"] == "trailing" or (
-            o["timestep_spacing"] == "leading" and o["steps_offset"])):  # fmt: skip
-        raise o.refused("variance_type", "fixed_small", "adds noise to clean data at its last step")
-    return {"name": "ddpm", "variance": kinds[o["variance_type"]]}
+    last = {"trailing": o.steps < o["num_train_timesteps"], "linspace": False}.get(o["timestep_spacing"], o["steps_offset"] > 0)
+    variance = kinds[o["variance_type"]]
+    return {"name": "ddpm", "variance": variance, **({"noisy_end": True} if last and variance != "small" else {})}
+
+
+def pndm(o: Settings) -> dict:
+    of = {"of": "v"} if o["prediction_type"] == "v_prediction" else {}
+    return {"name": "plms" if o["skip_prk_steps"] else "pndm", **of}
+
+
+def solver_of(o: Settings) -> str:
+    return o["solver_type"] if o["solver_type"] == "heun" else "midpoint"  # others are taken for it
+
+
+def predicted(o: Settings) -> dict:
+    """What is extrapolated: x0, or in the solvers without ++ eps."""
+    known = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver", "deis")
+    if o["algorithm_type"] not in known or (o.is_edm and not o["algorithm_type"].endswith("++")):
+        raise o.refused("algorithm_type", "dpmsolver++")
+    return {"of": "noise"} if o["algorithm_type"].endswith("dpmsolver") else {}
 
 
 def dpm(o: Settings) -> dict:
-    order, algorithm = o["solver_order"], o["algorithm_type"]
-    eta = float(algorithm.startswith("sde"))
-    solver = o["solver_type"] if o["solver_type"] == "heun" else "midpoint"  # others are taken for it
-    if algorithm not in ("dpmsolver++", "sde-dpmsolver++", "deis") and (order > 1 or eta):
-        raise o.refused("algorithm_type", f"{algorithm}++")
+    order, of, eta = o["solver_order"], predicted(o), float(o["algorithm_type"].startswith("sde"))
     if order not in (1, 2, 3):
         raise o.refused("solver_order", 3)
-    if order == 3 and eta:
-        raise o.refused("solver_order", 2, "of an SDE has a term of another sign than it has here")
     if o["euler_at_final"] and o.end == "first":
         raise o.refused("euler_at_final", False)
-    if order == 1:
+    if order == 1 and not (of and eta):
         return {"name": "ddim", **({"eta": eta} if eta else {})}
-    if order == 3:
-        return {"name": "dpmpp_3m_sde", "eta": 0.0, "solver": solver, **fewer(o)}
-    if eta or solver == "heun":
-        return {"name": "dpmpp_2m_sde", "eta": eta, "solver": solver, **fewer(o)}
-    return {"name": "dpmpp_2m", **fewer(o)}
+    if order != 2:
+        curvature = {"curvature": "diffusers"} if eta else {}
+        return {"name": "dpmpp_3m_sde", "eta": eta, "order": order, "solver": solver_of(o), **curvature, **of, **fewer(o)}
+    if eta or solver_of(o) == "heun":
+        return {"name": "dpmpp_2m_sde", "eta": eta, "solver": solver_of(o), **of, **fewer(o)}
+    return {"name": "dpmpp_2m", **of, **fewer(o)}
+
+
+def singlestep(o: Settings) -> dict:
+    if o["algorithm_type"].startswith("sde"):
+        raise o.refused("algorithm_type", "dpmsolver++")
+    return {"name": "dpm_fast", "order": o["solver_order"], "of": predicted(o).get("of", "data"), "solver": solver_of(o),
+            "lower_order_final": o["lower_order_final"]}  # fmt: skip
 
 
 def unipc(o: Settings) -> dict:
     corrected = [step for step in range(o.steps - 1) if step not in o["disable_corrector"]]
-    if not o["predict_x0"]:
-        raise o.refused("predict_x0", True)
     if 0 < len(corrected) < o.steps - 1:
         raise o.refused("disable_corrector", [])
     if o.spaced and o.end == "first":
         raise o.refused("final_sigmas_type", "zero", "corrects a last step of no length")
     variant = o["solver_type"] if o["solver_type"] == "bh1" else "bh2"
     return {"name": "unipc", "order": o["solver_order"], "variant": variant, "corrector": bool(corrected),
-            "lower_order_final": o["lower_order_final"]}  # fmt: skip
+            "lower_order_final": o["lower_order_final"], **({} if o["predict_x0"] else {"of": "noise"})}  # fmt: skip
 
 
-def lcm(o: Settings) -> dict:
-    return {"name": "lcm", "scaling": o["timestep_scaling"]}
+def deis(o: Settings) -> dict:
+    return {"name": "deis", "order": o["solver_order"], "basis": "log_rho",
+            "final_order": 1 if fewer(o) else o["solver_order"]}  # fmt: skip
 
 
 def named(name: str, **options: Any) -> Callable[[Settings], dict]:
     return lambda o: {"name": name, **options}
 
 
-def without(nearest: str) -> Callable[[Settings], dict]:
-    def refuse(o: Settings) -> dict:
-        raise UserError(f"{o.origin}: {o.kind}Scheduler has no counterpart here; nearest: {nearest!r}")
-
-    return refuse
-
-
+LCM = named("lcm", scaling=1e9)  # of c_skip and c_out nothing is left
 READ: dict[str, Callable[[Settings], dict]] = {
-    "DDPM": ddpm,
-    "DDIM": named("ddim"),
-    "PNDM": lambda o: {"name": "plms" if o["skip_prk_steps"] else "pndm"},
-    "LMSDiscrete": named("lms", order=4),
-    "EulerDiscrete": named("euler"),
-    "EulerAncestralDiscrete": named("euler_ancestral"),
-    "HeunDiscrete": named("heun"),
-    "KDPM2Discrete": named("dpm_2"),
-    "KDPM2AncestralDiscrete": named("dpm_2_ancestral"),
-    "DPMSolverSDE": named("dpmpp_sde"),
-    "DPMSolverMultistep": dpm,
-    "DPMSolverSinglestep": without("DPMSolverMultistepScheduler"),
-    "UniPCMultistep": unipc,
-    "DEISMultistep": lambda o: {"name": "deis", "order": o["solver_order"], "basis": "log_rho", **fewer(o)},
-    "LCM": lcm,
-    "TCD": without("LCMScheduler"),
-    "EDMEuler": named("euler"),
-    "EDMDPMSolverMultistep": dpm,
-    "FlowMatchEulerDiscrete": lambda o: {"name": "lcm", "scaling": 1e9} if o["stochastic_sampling"] else {"name": "euler"},
-    "FlowMatchHeunDiscrete": named("heun"),
-    "FlowMatchLCM": named("lcm", scaling=1e9),
-}
+    "DDPM": ddpm, "DDIM": named("ddim"), "PNDM": pndm, "LMSDiscrete": named("lms", order=4), "EulerDiscrete": named("euler"),
+    "EulerAncestralDiscrete": named("euler_ancestral"), "HeunDiscrete": named("heun"), "KDPM2Discrete": named("dpm_2"),
+    "KDPM2AncestralDiscrete": named("dpm_2_ancestral"), "DPMSolverSDE": named("dpmpp_sde"), "DPMSolverMultistep": dpm,
+    "DPMSolverSinglestep": singlestep, "UniPCMultistep": unipc, "DEISMultistep": deis,
+    "LCM": lambda o: {"name": "lcm", "scaling": o["timestep_scaling"]}, "TCD": named("tcd", gamma=0.3),
+    "EDMEuler": named("euler"), "EDMDPMSolverMultistep": dpm, "FlowMatchHeunDiscrete": named("heun"), "FlowMatchLCM": LCM,
+    "FlowMatchEulerDiscrete": lambda o: LCM(o) if o["stochastic_sampling"] else {"name": "euler"},
+}  # fmt: skip

@@ -50,14 +50,18 @@ def clip(folder: str, tokenizer: str | None = None, **params: Any) -> ClipText:
     return made
 
 
-def read(folder: Path, tokenizer: str | None, **params: Any) -> tuple[dict, dict[str, Tensor]]:
-    """-> our block, and the weights by our names, the vocabulary among them where there is one.
+def read(folder: Path, tokenizer: str | None, later: bool = False, **params: Any) -> tuple[dict, dict[str, Tensor]]:
+    """-> our block, and the weights by our names, the vocabulary among them where there is one. later: the tokenizer is made
+    when it is asked for.
 
     Raises:
         UserError: for an encoder of another kind, and names or shapes that do not fit.
     """
     said = settings(_json(folder / CONFIG), str(folder / CONFIG))
     weights = _weights(folder)
+    if later and tokenizer is not None and (ids := ids_in(Path(tokenizer))):
+        found = text_names.infer(weights, "", str(folder), **{**said, **ids, "vocabulary": tokenizer, **params})
+        return found.block, text_names.read(found, weights, str(folder))
     words = None if tokenizer is None else find_tokenizer(tokenizer)
     ids = {} if words is None else special_ids(words, pad_token(Path(tokenizer)))
     found = text_names.infer(weights, "", str(folder), **{**said, **ids, "vocabulary": tokenizer, **params})
@@ -96,10 +100,23 @@ def special_ids(tokenizer: Tokenizer, pad: str | None) -> dict[str, int]:
     return {"start": before[-1], "end": after[0], "pad": after[0] if pad is None else tokenizer.token_to_id(pad)}
 
 
+def ids_in(folder: Path) -> dict[str, int] | None:
+    """start, end, pad by a folder's vocab.json, without the tokenizer; None where that does not tell."""
+    names = [marked(folder, f"{mark}_token") for mark in ("bos", "eos", "pad")]
+    words = _json(folder / "vocab.json") if (folder / "vocab.json").is_file() else {}
+    found = [words.get(names[1] if name is None else name) for name in names]
+    return dict(zip(("start", "end", "pad"), found, strict=True)) if all(isinstance(each, int) for each in found) else None
+
+
 def pad_token(folder: Path) -> str | None:
     """The token that fills texts up, as the tokenizer's folder says; None where it does not."""
+    return marked(folder, "pad_token")
+
+
+def marked(folder: Path, mark: str) -> str | None:
+    """What a tokenizer's folder says that a special token is."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        token = _json(folder / name).get("pad_token") if (folder / name).is_file() else None
+        token = _json(folder / name).get(mark) if (folder / name).is_file() else None
         if token:
             return token["content"] if isinstance(token, Mapping) else token
     return None

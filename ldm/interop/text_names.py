@@ -76,6 +76,20 @@ def x_transformer(layers: int, prefix: str = "", logits: bool = True) -> list[Ro
     return rows + (pair("logits", f"{prefix}to_logits") if logits else [])
 
 
+def diffusers_bert(layers: int, prefix: str = "", logits: bool = True) -> list[Row]:
+    """LDM's text encoder as diffusers keeps it (LDMBertModel)."""
+    inside = {"norm1": "self_attn_layer_norm", "out": "self_attn.out_proj", "norm2": "final_layer_norm", "up": "fc1", "down": "fc2"}
+    rows = [_row("transformer.token.weight", f"{prefix}model.embed_tokens.weight"),
+            _row("transformer.position", f"{prefix}model.embed_positions.weight"),
+            *pair("transformer.norm", f"{prefix}model.layer_norm")]  # fmt: skip
+    for i in range(layers):
+        block, theirs_block = f"transformer.blocks.{i}", f"{prefix}model.layers.{i}"
+        rows += [_row(f"{block}.{name}.weight", f"{theirs_block}.self_attn.{name}_proj.weight") for name in "qkv"]
+        for ours, theirs in inside.items():
+            rows += pair(f"{block}.{ours}", f"{theirs_block}.{theirs}")
+    return rows + (pair("logits", f"{prefix}to_logits") if logits else [])
+
+
 def _row(ours: str, theirs: str) -> Row:
     return Row((ours,), (theirs,))
 
@@ -133,6 +147,15 @@ def _x_sizes(shape: Mapping[str, tuple]) -> tuple[dict, dict]:
     return params, {"logits": logits}
 
 
+def _diffusers_bert_sizes(shape: Mapping[str, tuple]) -> tuple[dict, dict]:
+    vocab_size, width = shape["model.embed_tokens.weight"]
+    logits = "to_logits.weight" in shape
+    params = {"vocab_size": vocab_size, "width": width, "layers": _count(r"model\.layers\.(\d+)\.", shape),
+              "heads": shape["model.layers.0.self_attn.q_proj.weight"][0] // 64, "mlp": shape["model.layers.0.fc1.weight"][0],
+              "max_length": shape["model.embed_positions.weight"][0], "logits": logits}  # fmt: skip
+    return params, {"logits": logits}
+
+
 def _count(pattern: str, names: Iterable[str]) -> int:
     return len({found[1] for name in names if (found := re.match(pattern, name))})
 
@@ -141,11 +164,12 @@ LAYOUTS = {  # name -> by what it is known, its sizes from shapes, its table, ou
     "hf_clip": (r"(text_model\.)?embeddings\.token_embedding\.weight$", _hf_sizes, hf_clip, CLIP),
     "open_clip": (r"token_embedding\.weight$", _open_clip_sizes, open_clip, CLIP),
     "x_transformer": (r"token_emb\.weight$", _x_sizes, x_transformer, BERT),
+    "diffusers_bert": (r"model\.embed_tokens\.weight$", _diffusers_bert_sizes, diffusers_bert, BERT),
 }
 HARMLESS = {  # names that say nothing of the text encoder: positions counted, masks, a CLIP's other half
     "hf_clip": r"(text_model\.)?embeddings\.position_ids$|(vision_model|visual_projection)\.|logit_scale$",
     "open_clip": r"attn_mask$|visual\.",
-    "x_transformer": r"$^",
+    "x_transformer": r"$^", "diffusers_bert": r"$^",
 }
 
 

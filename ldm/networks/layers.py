@@ -17,13 +17,15 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def timestep_embedding(time: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(time: Tensor, dim: int, max_period: float = 10000.0, endpoint: bool = False) -> Tensor:
     """(B,) -> (B, dim): [cos(time * f_k), sin(time * f_k)], f_k = max_period^(-k / half) (DDPM, 2006.11239).
 
-    ``time`` is in training steps, 0..1000, whatever the process; an odd ``dim`` ends in a zero.
+    ``time`` is in training steps, 0..1000, whatever the process; an odd ``dim`` ends in a zero. ``endpoint``: the slowest
+    is 1 / max_period itself, f_k = max_period^(-k / (half - 1)).
     """
     half = dim // 2
-    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=time.device, dtype=torch.float32) / half)
+    last = half - 1 if endpoint else half
+    freqs = torch.exp(-math.log(max_period) * torch.arange(half, device=time.device, dtype=torch.float32) / last)
     angles = time.float()[:, None] * freqs
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
@@ -124,32 +126,45 @@ class SelfAttention(nn.Module):
         return x + self.out(seen).transpose(1, 2).reshape(x.shape)
 
 
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotary positions (RoFormer, 2104.09864, eq. 15): pairs of neighbours of x (B,h,N,d) turned by angles (N,d/2), so that
+    the product of a query and a key depends on the difference of their positions."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+
 class Attention(nn.Module):
     """Multi-head attention of x on ``context`` (on itself if None); keys where ``mask`` is False are not seen.
 
     Args:
         qk_norm: normalise queries and keys per head (2302.05442): steady at high learning rates.
+        bias: of queries, keys and values.
     """
 
     def __init__(self, dim: int, context_dim: int | None = None, heads: int = 8, head_dim: int = 64,
-                 qk_norm: bool = False, dropout: float = 0.0):
+                 qk_norm: bool = False, dropout: float = 0.0, bias: bool = False):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim or dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim or dim, inner, bias=False)
+        self.to_q = nn.Linear(dim, inner, bias=bias)
+        self.to_k = nn.Linear(context_dim or dim, inner, bias=bias)
+        self.to_v = nn.Linear(context_dim or dim, inner, bias=bias)
         self.norm_q = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        # x (B,N,D), context (B,L,E), mask (B,L) True where real -> (B,N,D)
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+                angles: Tensor | None = None) -> Tensor:
+        # x (B,N,D), context (B,L,E), mask (B,L) True where real, angles (N,d/2) of x's positions -> (B,N,D)
         context = x if context is None else context
         q, k, v = (rearrange(layer(y), "b n (h d) -> b h n d", h=self.heads)
                    for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context)))
+        q, k = self.norm_q(q), self.norm_k(k)
+        if angles is not None:
+            q, k = rotated(q, angles), rotated(k, angles)
         seen = None if mask is None else mask[:, None, None, :]
-        h = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v, attn_mask=seen)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(rearrange(h, "b h n d -> b n (h d)"))
 
 

@@ -61,6 +61,20 @@ def test_from_an_empty_directory(ckpt, bundle, tmp_path):
     assert again.stderr.startswith("error: out/00000.png: is there already; ") and "--overwrite" in again.stderr
 
 
+def test_a_look_at_what_is_being_drawn(ckpt, bundle, tmp_path, capsys):
+    """What the network believes of x0 in the last step that is shown, decoded; an old one is not written over unasked."""
+    draw(ckpt, tmp_path, "--prompt", "a red star", "--steps", "5", "--preview", "2", "--sampler", "ddim")
+    seen = []
+    bundle.generate(["a red star"], steps=5, sampler="ddim", callback=lambda step, t, x, guess: seen.append(bundle.preview(guess)))
+    assert len(seen) == 5 and all(each.shape == (1, 3, 32, 32) and each.abs().max() <= 1 for each in seen)
+    page = np.asarray(Image.open(tmp_path / "preview.png"))[8:168:5, 8:168:5]  # a sheet enlarges small pictures
+    assert (page == ((seen[4][0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()).all()
+    (tmp_path / "00000.png").unlink()
+    capsys.readouterr()
+    arguments = ["txt2img", "--ckpt", ckpt, "--prompt", "a", "--outdir", str(tmp_path), "--preview", "1"]
+    assert "preview.png: is there already" in fails(capsys, *arguments)
+
+
 def test_numbers_seeds_and_metadata(ckpt, bundle, tmp_path, capsys):
     more = ["--negative-prompt", "green", "--sampler", "ddpm", "--steps", "3", "--scale", "1.5", "--seed", "5"]
     found = draw(ckpt, tmp_path, "--prompt", "a red star", "a blue square", "--n-samples", "2", *more)

@@ -46,12 +46,13 @@ def test_every_weight_has_one_place():
 def test_what_is_frozen_is_asleep_and_in_no_optimizer():
     def freeze(module):
         module.net[0].requires_grad_(False)
+        module.judge = nn.Sequential(nn.Linear(1, 1), nn.Dropout()).requires_grad_(False)
 
     assert problems(lambda m: [m.parameters()], freeze) == [
-        "net.0.weight, net.0.bias: frozen, but in an optimizer", "net.0.weight, net.0.bias: frozen, but in training mode"]  # fmt: skip
+        "net.0.weight, net.0.bias, judge.0.weight, judge.0.bias: frozen, but in an optimizer", "judge: frozen, but in training mode"]  # fmt: skip
     module = Other(lambda m: [weights(m, *LAST)])
     freeze(module)
-    module.net[0].eval()
+    module.judge.eval()
     assert weight_problems(module, [module.configure_optimizers()]) == []
 
 

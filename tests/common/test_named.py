@@ -38,6 +38,7 @@ def test_all_mistakes_are_told():
     ("karras", "karras"),
     ("karras:rho=5,round=true", {"name": "karras", "rho": 5, "round": True}),
     ("sigmas:values=[14.6, 1, 0],x=a", {"name": "sigmas", "values": [14.6, 1, 0], "x": "a"}),
+    ("lcm:scaling=1e9,x=1e-3", {"name": "lcm", "scaling": 1e9, "x": 1e-3}),
     ("1,0.5,0", [1.0, 0.5, 0.0]),
 ])  # fmt: skip
 def test_as_the_command_line_writes_it(text, meant):

@@ -159,6 +159,12 @@ def test_an_average_as_of_an_earlier_step(tmp_path):
         reconstruct([], 0.08)
 
 
+@pytest.mark.parametrize("options", [{"every": 0}, {"widths": ()}])
+def test_snapshots_need_steps_and_widths(options):
+    with pytest.raises(ValueError, match="expected every from 1 and at least one width"):
+        Snapshots(**options)
+
+
 def test_other_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 

@@ -117,6 +117,17 @@ def test_split_depends_on_the_seed(shards):
     assert Emoji(shards, seed=1).fingerprint == Emoji(shards, seed=1).fingerprint
 
 
+def test_a_part_by_name(shards):
+    whole = names(Emoji(shards))
+    part = Emoji(shards, match="worker A|thing number 1")
+    assert names(part) == [name for name in whole if "worker a" in name or "thing number 1" in name] != whole
+    assert part.fingerprint != Emoji(shards).fingerprint
+    with pytest.raises(UserError, match="split 'train' and has a name like 'nothing'"):
+        Emoji(shards, match="nothing")
+    with pytest.raises(UserError, match="is no regular expression: unterminated"):
+        Emoji(shards, match="[")
+
+
 def test_mistakes(shards):
     with pytest.raises(UserError, match="held_out_share: 5"):
         Emoji(shards, held_out_share=5)

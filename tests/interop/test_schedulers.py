@@ -19,6 +19,7 @@ from ldm.guidance import BOUNDS
 from ldm.interop.scheduler_configs import write
 from ldm.interop.scheduler_settings import CLASSES
 from ldm.interop.schedulers import Scheduler, read
+from ldm.process import steps_of
 from ldm.samplers import SAMPLERS
 from ldm.times import make_times
 
@@ -27,16 +28,19 @@ diffusers = pytest.importorskip("diffusers")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False}
 V, ZERO = {"prediction_type": "v_prediction"}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 KARRAS, LEADING, TRAILING = ({"use_karras_sigmas": True}, {"timestep_spacing": "leading"}, {"timestep_spacing": "trailing"})
+EPS = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
 SHORT = {"num_train_timesteps": 300, "beta_end": 0.03}  # diffusers takes seconds for 1000 of this kind
 BETAS = {"trained_betas": torch.linspace(0.001, 0.03, 500).tolist(), "num_train_timesteps": 500}
 CASES = {  # name -> class, settings
     "DDPM": ("DDPM", SD), "DDPM clip": ("DDPM", {}), "DDPM sigmoid": ("DDPM", {"beta_schedule": "sigmoid"}),
     "DDPM large": ("DDPM", {"variance_type": "fixed_large", "timestep_spacing": "linspace"}),
     "DDPM cosine": ("DDPM", {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}),
+    "DDPM large trailing": ("DDPM", TRAILING | {"variance_type": "fixed_large", "clip_sample": False}),
     "DDPM threshold": ("DDPM", {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}),
     "DDIM": ("DDIM", SD | {"set_alpha_to_one": False}), "DDIM clip": ("DDIM", {}), "DDIM table": ("DDIM", BETAS),
     "DDIM zero": ("DDIM", SD | ZERO | TRAILING), "DDIM threshold": ("DDIM", {"thresholding": True}),
-    "PNDM": ("PNDM", SD | {"skip_prk_steps": True}), "PNDM prk": ("PNDM", SD),
+    "DDIM linspace": ("DDIM", SD | {"timestep_spacing": "linspace"}), "DDIM trailing": ("DDIM", SD | TRAILING | SHORT),
+    "PNDM v": ("PNDM", SD | V | {"skip_prk_steps": True}), "PNDM": ("PNDM", SD | {"skip_prk_steps": True}), "PNDM prk": ("PNDM", SD),
     "LMS": ("LMSDiscrete", SD), "LMS karras": ("LMSDiscrete", SD | KARRAS | LEADING),
     "Euler": ("EulerDiscrete", SD), "Euler leading": ("EulerDiscrete", SD | LEADING), "Euler v": ("EulerDiscrete", SD | V),
     "Euler trailing": ("EulerDiscrete", SD | TRAILING), "Euler zero": ("EulerDiscrete", SD | ZERO | TRAILING),
@@ -60,15 +64,22 @@ CASES = {  # name -> class, settings
     "DPM 1": ("DPMSolverMultistep", SD | {"solver_order": 1}), "DPM 3": ("DPMSolverMultistep", SD | {"solver_order": 3}),
     "DPM heun": ("DPMSolverMultistep", SD | {"solver_type": "heun"}),
     "DPM sde": ("DPMSolverMultistep", SD | {"algorithm_type": "sde-dpmsolver++"}),
+    "DPM sde 1": ("DPMSolverMultistep", SD | {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}),
+    "DPM sde 3": ("DPMSolverMultistep", SD | {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}),
+    "DPM eps": ("DPMSolverMultistep", SD | EPS), "DPM eps 3": ("DPMSolverMultistep", SD | EPS | {"solver_order": 3}),
+    "DPM eps sde": ("DPMSolverMultistep", SD | EPS | {"algorithm_type": "sde-dpmsolver", "solver_type": "heun"}),
+    "single": ("DPMSolverSinglestep", SD), "single 3": ("DPMSolverSinglestep", SD | {"solver_order": 3, "solver_type": "heun"}),
+    "single karras": ("DPMSolverSinglestep", SD | KARRAS), "single eps": ("DPMSolverSinglestep", SD | EPS | {"solver_order": 3}),
     "DPM zero": ("DPMSolverMultistep", SD | ZERO | TRAILING),
     "DPM threshold": ("DPMSolverMultistep", {"thresholding": True}),
     "DPM clipped": ("DPMSolverMultistep", {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}),
     "DPM flow": ("DPMSolverMultistep", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
     "UniPC": ("UniPCMultistep", SD), "UniPC karras": ("UniPCMultistep", SD | KARRAS),
     "UniPC 3": ("UniPCMultistep", SD | {"solver_order": 3}), "UniPC P": ("UniPCMultistep", SD | {"disable_corrector": [*range(50)]}),
+    "UniPC eps": ("UniPCMultistep", SD | {"predict_x0": False, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
     "UniPC flow": ("UniPCMultistep", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}),
     "DEIS": ("DEISMultistep", SD), "DEIS karras": ("DEISMultistep", SD | KARRAS),
-    "LCM": ("LCM", SD), "LCM v": ("LCM", SD | V),
+    "LCM": ("LCM", SD), "LCM v": ("LCM", SD | V), "TCD": ("TCD", SD), "TCD v": ("TCD", SD | V),
     "EDM": ("EDMEuler", {}), "EDM v": ("EDMEuler", {"sigma_data": 1.0, "prediction_type": "v_prediction"}),
     "EDM exponential": ("EDMEuler", {"sigma_schedule": "exponential"}), "EDM DPM": ("EDMDPMSolverMultistep", {}),
     "flow": ("FlowMatchEulerDiscrete", {"shift": 3.0}), "flow 1": ("FlowMatchEulerDiscrete", {}),
@@ -128,7 +139,7 @@ def ours(found, n):
     if "x0" in sampling:
         denoise = pick(sampling["x0"], BOUNDS, "x0")(denoise, process)
     times = make_times(sampling["times"], process, n)
-    alpha, sigma = (float(c) for c in process.exact(times[0]))
+    alpha, sigma = (float(c) for c in process.exact(steps_of(times)[0, 0]))
     start = {None: math.hypot(alpha, sigma), "noise": sigma}.get(sampling.get("start"), sampling.get("start"))
     noises = iter(NOISE[1:])
     sampler = pick(sampling["sampler"], SAMPLERS, "sampler")
@@ -211,8 +222,8 @@ DDPM = {"target": "ldm.process.DDPM"}
     ({"target": "ldm.process.Cosine"}, "v", "ldm.process.Cosine"),
     (DDPM, "flow", "no parameterization 'flow' of a discrete process; it has noise, data, v"),
     (None, "v", "no parameterization 'v' of a flow; it has flow and data"),
-    ({"target": "ldm.process.EDM"}, "edm", "told its share of a thousand; train with process.params.told=c_noise"),
-    ({"target": "ldm.process.EDM", "params": {"told": "c_noise"}}, "data", "no parameterization 'data' of the process EDM"),
+    ({"target": "ldm.process.EDM"}, "edm", "told its share of a thousand; train with process.params.tells=c_noise"),
+    ({"target": "ldm.process.EDM", "params": {"tells": "c_noise"}}, "data", "no parameterization 'data' of the process EDM"),
 ])  # fmt: skip
 def test_what_diffusers_does_not_have(process, parameterization, told):
     with pytest.raises(UserError, match=told):
@@ -223,7 +234,7 @@ def test_what_diffusers_does_not_have(process, parameterization, told):
     (DDPM, "noise", "dpmpp_2m", "linear"), (DDPM, "v", "ddim", "leading"), (DDPM, "noise", "ddim", "compvis"),
     (DDPM, "noise", "ddpm", "linear"), (DDPM, "noise", "dpmpp_2m_sde", "linspace"), (DDPM, "noise", "dpmpp_3m_sde", "linear"),
     ({**DDPM, "params": {"schedule": "sqrt"}}, "data", "ddim", "leading"), (None, "flow", "euler", "flow_match"),
-    ({"target": "ldm.process.EDM", "params": {"told": "c_noise"}}, "edm", "euler", "karras"),
+    ({"target": "ldm.process.EDM", "params": {"tells": "c_noise"}}, "edm", "euler", "karras"),
 ])  # fmt: skip
 def test_our_own_models_are_sampled_alike_by_diffusers(process, parameterization, sampler, times, monkeypatch, caplog):
     """To the 1e-3 that exported models are held to; what cannot be had is told, and then it need not be alike."""

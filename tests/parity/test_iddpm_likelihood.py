@@ -64,6 +64,14 @@ def test_bits_per_dimension(case):
             assert (value - DATA[key].double()).abs().max() <= 1e-5 * scale + rounded, name
 
 
+@pytest.mark.parametrize("key", [key for key in DATA if key.startswith("out.prior_bpd.")])
+def test_prior(key):
+    schedule, *respacing = key.removeprefix("out.prior_bpd.").split(".")
+    process, x0 = DDPM(schedule), DATA["in.x_start"]
+    found = bits_per_dim(prior_kl(x0, respaced(process, *respacing) if respacing else process), x0[0].numel())
+    assert (found - DATA[key].double()).abs().max() <= 1e-7  # a small sum of numbers next to 1, theirs in fp32
+
+
 def test_prior_of_compvis():
     data = load_file(FOLDER / "uncond_vq" / "prior.safetensors")
     x0 = data["in.x_start"]

@@ -43,3 +43,15 @@ def test_losses_and_gradients(mean, variance, loss):
     expected, gradient = (REFERENCE[f"out.loss.linear.1000.{loss}.{mean}.{variance}.{name}"] for name in ("loss", "grad"))
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
     assert torch.allclose(network.out.grad, gradient, rtol=1e-5, atol=1e-6 * gradient.abs().max().item())
+
+
+@pytest.mark.parametrize("key", sorted(key for key in REFERENCE if key.startswith("out.loss.") and key.endswith((".mse", ".vb"))))
+def test_terms(key):
+    """The simple loss, and the bound's term in bits, which is scaled by T / 1000 where the loss is rescaled: here by 1."""
+    mean, variance, term = key.split(".")[-3:]
+    kind = "fixed" if variance.startswith("fixed") else variance
+    out = REFERENCE["in.model_output_learned" if kind == "learned" else "in.model_output"]
+    denoiser = Denoiser(Says(out[:, :3] if kind == "fixed" else out), PROCESS, MEANS[mean], variance=kind)
+    found = diffusion_loss(denoiser, REFERENCE["in.x_start"], Cond(), REFERENCE["in.t"], REFERENCE["in.noise"],
+                           variational=Variational("vlb", scale=1 / 1000, cdf="tanh") if term == "vb" else None)  # fmt: skip
+    assert torch.allclose(found, REFERENCE[key], rtol=1e-5, atol=1e-6 * REFERENCE[key].abs().max().item())

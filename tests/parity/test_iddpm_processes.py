@@ -67,6 +67,19 @@ def test_what_the_network_is_told(respacing):
         assert torch.equal(told.double(), out(f"model_t.{respacing}.rescale_{rescale}"))
 
 
+@pytest.mark.parametrize("key", sorted(key for key in REFERENCE if key.startswith(("out.q_sample.", "out.q_posterior."))))
+def test_forward_process_and_its_posterior(key):
+    _, what, schedule, *part = key.split(".")
+    process, t = process_of(schedule, "1000"), REFERENCE["in.t"].double().view(-1, 1, 1, 1)
+    step, (alpha, sigma) = process.posterior(t, t - 1), process.exact(t)
+    found = {
+        "q_sample": alpha * REFERENCE["in.x_start"] + sigma * REFERENCE["in.noise"],
+        "mean": step.x0 * REFERENCE["in.x_start"] + step.xt * REFERENCE["in.x_t"], "variance": step.variance,
+        "log_variance": log_variance(step, floor=process.posterior(1, 0).variance),
+    }[part[0] if part else what]  # fmt: skip
+    assert near(found, REFERENCE[key], 1e-6)
+
+
 class Says(nn.Module):
     def __init__(self, answer: torch.Tensor):
         super().__init__()
@@ -91,6 +104,8 @@ def test_distribution_of_the_next_step(respacing, mean, kind):
     if "log_variance" in expected:
         variance = log_variance(step, guess.var, KINDS[kind], process.posterior(1, 0).variance)
         assert near(variance, expected["log_variance"], 1e-6)
+        exact = step.variance if kind == "fixed_small" else variance.exp()  # 0 at t = 0, where its logarithm is that of t = 1
+        assert near(exact, expected["variance"], 1e-5)
     for clip in ("clip", "noclip"):
         x0 = guess.x0.clamp(-1, 1) if clip == "clip" else guess.x0
         if f"{clip}.pred_xstart" in expected:
@@ -99,3 +114,4 @@ def test_distribution_of_the_next_step(respacing, mean, kind):
             assert near(step.x0 * x0 + step.xt * x_t, expected[f"{clip}.mean"], 1e-5)
     if mean == "previous_x":  # theirs is what the network says, of a clipped x0 too
         assert near(step.x0 * guess.x0 + step.xt * x_t, answer[:, :3], 1e-5)
+        assert all(torch.equal(value, answer[:, :3]) for key, value in expected.items() if key.endswith(".mean"))

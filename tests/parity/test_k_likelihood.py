@@ -35,3 +35,10 @@ def test_exactly():
     found = ode_likelihood(denoise, DATA["in.ll.x"], EDM(), probes="exact", prior_std=80.0, tolerance=1e-8)
     corrected = found.log_likelihood + DATA["out.log_likelihood.prior_gap"]
     assert (corrected - DATA["out.log_likelihood.exact_at_sigma_min"]).abs().max() < 1e-6
+
+
+def test_by_their_defaults():
+    """Theirs has a tolerance of 1e-4, and is off by 5e-4 at it; its four probes together are the exact trace."""
+    found = ode_likelihood(denoise, DATA["in.ll.x"], EDM(), probes="exact", prior_std=80.0)
+    assert (found.log_likelihood - DATA["out.log_likelihood.default"].mean(0)).abs().max() < 1e-3
+    assert found.evaluations < 2 * DATA["out.log_likelihood.default.fevals"].max()

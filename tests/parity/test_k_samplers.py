@@ -1,6 +1,7 @@
 """Against numbers computed with k-diffusion: every sampler on an exact mixture of Gaussians (fp64) and on a small network.
 
-Its models live in x over sigma: our EDM process, where alpha = 1 and t = sigma. Churned steps take its noises by number.
+Its models live in x over sigma: on the mixture our EDM process, where alpha = 1 and t = sigma. Churned steps take its noises
+by number.
 """
 
 import math
@@ -15,8 +16,12 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from ldm import samplers
+from ldm.cond import Cond
+from ldm.denoiser import Denoiser, bind
 from ldm.parameterization import Prediction
-from ldm.process import EDM
+from ldm.process import DDPM, EDM
+from ldm.steps import Point, ancestral
+from ldm.times import dpm_fast, make_times
 
 REFERENCE = load_file(Path(__file__).parents[1] / "data" / "parity" / "k_samplers" / "io.safetensors")
 PROCESS = EDM(0.002, 80.0)
@@ -55,28 +60,32 @@ def mixture(x: Tensor, sigma: Tensor) -> Prediction:
     return Prediction(x0, (x - x0) / sigma.view(-1, 1, 1, 1))
 
 
-def network(quantized: bool):
-    """The small network under k-diffusion's CompVisDenoiser: t is found between the steps in log sigma."""
-    bar = REFERENCE["in.alphas_cumprod"]
-    table = ((1 - bar) / bar).sqrt().log()
+class Toy(torch.nn.Module):
+    """The recorded small network, told t / 1000."""
 
-    def time(sigma: Tensor) -> Tensor:
-        log = sigma.float().log()
-        if quantized:
-            return (log - table.view(-1, 1)).abs().argmin(0).float()
-        low = (log >= table.view(-1, 1)).sum(0).sub(1).clamp(0, len(table) - 2)
-        part = ((table[low] - log) / (table[low] - table[low + 1])).clamp(0, 1)
-        return low + part
-
-    def denoise(x: Tensor, sigma: Tensor) -> Prediction:
-        wide = sigma.view(-1, 1, 1, 1)
+    def forward(self, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
         toy = {name: REFERENCE[f"in.toy.{name}"] for name in ("w1", "b1", "w2", "b2", "wt")}
-        inner = conv2d(x / (wide**2 + 1).sqrt(), toy["w1"], toy["b1"], padding=1)
-        hidden = torch.tanh(inner + (time(sigma) / 1000).view(-1, 1, 1, 1) * toy["wt"].view(1, -1, 1, 1))
-        eps = conv2d(hidden, toy["w2"], toy["b2"], padding=1)
-        return Prediction(x - wide * eps, eps)
+        inner = conv2d(x, toy["w1"], toy["b1"], padding=1) + (time / 1000).view(-1, 1, 1, 1) * toy["wt"].view(1, -1, 1, 1)
+        return conv2d(torch.tanh(inner), toy["w2"], toy["b2"], padding=1)
 
+
+def stable_diffusion(quantized: bool) -> DDPM:
+    """k-diffusion's CompVisDenoiser: between the steps log sigma is linear; the network is told t, or the nearest step."""
+    return DDPM(between="log_snr", tells="whole" if quantized else "step")
+
+
+def in_sigma(process: DDPM):
+    """The small network over x / alpha and sigma / alpha, its input scaled as the process does."""
+    def denoise(x: Tensor, sigma: Tensor) -> Prediction:
+        t = process.time(process.when(-sigma.double().log()).clamp(min=0)).float()
+        wide = sigma.view(-1, 1, 1, 1)
+        eps = Toy()(x / (wide**2 + 1).sqrt(), t, Cond())
+        return Prediction(x - wide * eps, eps)
     return denoise
+
+
+def close_to(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def sigmas_of(schedule: str, n: int) -> Tensor:
@@ -124,12 +133,35 @@ def test_on_the_exact_mixture(key):
 
 @pytest.mark.parametrize("key", [key for key in sorted(REFERENCE) if NETWORK.fullmatch(key)])
 def test_on_a_network(key):
+    """Theirs walks x / alpha over sigma / alpha, ours x on the training process."""
     quantized, schedule, name = NETWORK.fullmatch(key).groups()
+    process = stable_diffusion(quantized == "1")
+    if "churn" in name:  # theirs goes beyond the training steps, with sigma up to 20
+        denoise, process = in_sigma(process), EDM(0.0, 100.0)
+    else:
+        denoise = bind(Denoiser(Toy(), process, "noise"), Cond())
     sigmas = next(REFERENCE[f"out.compvis.q{q}.sigmas10.{schedule}"] for q in (quantized, "1")
                   if f"out.compvis.q{q}.sigmas10.{schedule}" in REFERENCE)  # fmt: skip
-    out = OURS[name](network(quantized == "1"), REFERENCE["in.net.x_T"] * sigmas[0], sigmas.double(), PROCESS,
-                     noise=lambda k, shape: REFERENCE["in.net.noise"][k])  # fmt: skip
-    assert (out - REFERENCE[key]).abs().max() <= 2e-5 * REFERENCE[key].abs().max()
+    times = make_times({"name": "sigmas", "values": sigmas.tolist()}, process, 10)
+    x = REFERENCE["in.net.x_T"] * sigmas[0] * process.coefficients(times[:1])[0].float()
+    out = OURS[name](denoise, x, times, process, noise=lambda k, shape: REFERENCE["in.net.noise"][k])
+    assert (out - REFERENCE[key]).abs().max() <= 3e-5 * REFERENCE[key].abs().max()
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_fast(n):
+    """n calls of DPM-Solver-3, -2 and -1. Theirs keeps lambda in fp32."""
+    found = samplers.dpm_fast(mixture, 80 * REFERENCE["in.x_T"], dpm_fast(PROCESS, n), PROCESS)
+    expected = REFERENCE[f"out.dpm_fast.{n}.final"]
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_ancestral_steps():
+    """(sigma_down, sigma_up) for sigmas from, to and eta."""
+    for row, (begin, end, eta) in zip(REFERENCE["out.ancestral_step"], ((10, 5, 1), (10, 5, 0.5), (1, 0.9, 2), (1, 0, 1), (3, 2, 0)),
+                                      strict=True):  # fmt: skip
+        down, up = ancestral(Point(1.0, begin), Point(1.0, end), eta)
+        assert (down.sigma, up) == pytest.approx(tuple(row.tolist()), rel=1e-9)
 
 
 def test_adaptive():

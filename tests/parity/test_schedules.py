@@ -14,6 +14,7 @@ from ldm.parameterization import PARAMETERIZATIONS, Prediction, solve
 from ldm.process import DDPM, Table, log_variance
 from ldm.samplers import ddim
 from ldm.times import compvis, quadratic
+from ldm.weights import VLB
 
 REFERENCE = load_file(Path(__file__).parents[1] / "data" / "schedules.safetensors")
 NAMES = {"linear": "scaled_linear", "sqrt_linear": "linear", "sqrt": "sqrt", "cosine": "cosine"}
@@ -91,6 +92,28 @@ def test_posterior(table):
     assert near(log_variance(step), out(f"{table}.posterior_log_variance_clipped"))  # of 0, 1e-20
     assert near(step.xt, out(f"{table}.posterior_mean_coef2"), atol=1e-12)
     assert near(step.x0, out(f"{table}.posterior_mean_coef1"), atol=1e-12)
+
+
+@EVERY
+def test_posterior_of_a_share(table):
+    """Their v_posterior = 0.3."""
+    process = process_of(table)
+    t = torch.arange(len(process.alpha_bar), dtype=torch.float64)
+    variance = log_variance(process.posterior(t, t - 1), kind=0.3).exp()
+    assert near(variance, out(f"{table}.posterior_variance_v0.3"), atol=1e-17)
+
+
+@EVERY
+def test_weights_of_the_bound(table):
+    """On the error of eps, once a step; theirs divides fp32 differences. Those of x0 are a slip: 0.5 sqrt(alpha_bar) over
+    2 - alpha_bar, where 2 (1 - alpha_bar) is meant; they are not ours."""
+    process = process_of(table)
+    t = torch.arange(len(process.alpha_bar), dtype=torch.float64)
+    alpha, sigma = process.exact(t)
+    found = VLB().at(process, t)(alpha, sigma, *PARAMETERIZATIONS["noise"](alpha, sigma)) / len(t)
+    assert near(found, out(f"{table}.lvlb_weights"), rtol=5e-3)
+    if f"out.{table}.lvlb_weights_x0" in REFERENCE:
+        assert near((0.5 * alpha / (2 - alpha**2))[1:], out(f"{table}.lvlb_weights_x0")[1:], atol=1e-23)
 
 
 @EVERY
