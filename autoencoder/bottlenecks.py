@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from autoencoder.base import Bottled, without_autocast
-from autoencoder.codes import Codebook, ranks, straight_through, summed, usage
+from autoencoder.codes import Codebook, straight_through, summed, usage
 from autoencoder.lattices import FSQ, LFQ
 from autoencoder.losses import kl_divergence
+from ldm.common.team import place
 
 __all__ = ["FSQ", "KL", "LFQ", "Plain", "VQ", "summed", "usage"]
 
@@ -161,7 +162,7 @@ class VQ(Codebook):
         if not dead.any():
             return
         generator = torch.Generator().manual_seed(int(self.updates))  # no global state: a resumed run draws the same
-        rank, world = ranks()
+        rank, world = place()
         order = torch.randperm(len(flat) * world, generator=generator)  # two entries get one only where there are too few
         pick = order[torch.arange(int(dead.sum())) % len(order)].to(flat.device)
         own = (pick // len(flat) == rank)[:, None]  # of other ranks: zero here, and the sum has them

@@ -11,6 +11,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from ldm.common.team import place
+
 MOST = 2**20  # entries: each is counted, and the window has room for four codes of each
 
 
@@ -80,11 +82,4 @@ def summed(x: Tensor) -> Tensor:
 
 def averaged(x: Tensor) -> Tensor:
     """The mean of ``x`` over all ranks."""
-    return summed(x.clone()) / ranks()[1]
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+    return summed(x.clone()) / place()[1]

@@ -54,7 +54,10 @@ def survived(folder, ends, steps, seed=0) -> dict[str, int]:
             wait_for(lambda output=output: output.exists() and output.read_text().count("not saved, training goes on") > 2)
         else:
             wait_for(lambda done=done: any((path / "checkpoints" / f"step-{done + 2:06d}.ckpt").exists() for path in logs.glob("pixels-*")))
-            time.sleep(moments.uniform(0, 0.15))
+            if moments.random() < 0.5:
+                wait_for(lambda: any(True for _ in logs.glob("pixels-*/checkpoints/.tmp-*")))
+            else:
+                time.sleep(moments.uniform(0, 0.15))
         os.kill(child, number)
         assert status(child) == 128 + number, output.read_text()
         counts["killed" if number is KILL else "signals"] += 1

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -75,6 +76,25 @@ def join(group: Any) -> None:
         os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
         meet(environment.global_rank(), group.world_size, group.strategy.root_device)
     group.strategy.setup_environment()
+
+
+@contextmanager
+def team() -> Iterator[None]:
+    """For a command other than training, which torchrun or srun started several times: the processes find one another, and
+    only rank 0 prints. MASTER_ADDR and MASTER_PORT say where; torchrun sets them."""
+    if world() == 1:
+        yield
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"{' and '.join(missing)}: not set, so that {world()} processes cannot find one another; export the name "
+                        "of the first machine, and a port that is free on it")
+    os.environ |= {"RANK": str(rank()), "WORLD_SIZE": str(world())}
+    meet(rank(), world(), torch.device("cpu"))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+            yield
+    finally:
+        leave()
 
 
 def in_turn(group: Any, action: Callable[[], None]) -> None:

@@ -250,7 +250,7 @@ def kind_of(checkpoint: Path) -> Kind:
 def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int, batch: int
                ) -> Path:
     """Makes (or goes on with) the run folder of a job and writes the config and the global batch there. UserError, and no
-    folder, where the disk does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
+    folder, where the disk does not hold the checkpoints (`need` bytes), or the one to go on from is not of this module."""
     free = free_bytes(logdir) + sum(path.stat().st_size for path in (job.run or Path("-")).glob("checkpoints/step-*.ckpt"))
     if need > free:  # those that are there already make place
         raise UserError(f"{logdir}: no space for the checkpoints: {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB "

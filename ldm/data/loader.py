@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.common.files import UserError
 from ldm.common.random import generator, key_to_seed
+from ldm.common.team import place
 
 
 def make_loader(
@@ -120,10 +121,3 @@ class Placed(Dataset[dict]):
         np.random.seed(seed)
         random.seed(seed)
         return {**self.dataset[index], "position": position}
-
-
-def place() -> tuple[int, int]:
-    """Rank and world size: of torch.distributed where it runs, else (0, 1)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
