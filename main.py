@@ -6,7 +6,9 @@
     python main.py --base CFG --check trainer.max_steps=100              what it would do: sizes, memory, arithmetic
 
 key=value arguments change the config; those that begin with stage1. change the config that autoencoder.config names.
-Exit status: 0 done, 2 mistake in what was given, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint saved.
+Exit status: 0 done; 1 an error in the program; 2 a mistake in what was given, or a disk that is full; 3 loss or gradients were
+inf or nan several times in a row; 130, 143, 138 stopped by Ctrl-C, SIGTERM, SIGUSR1. With 3 and the last three a checkpoint
+of the last step is saved, and the same command with --resume auto goes on from it.
 """
 
 import argparse
@@ -78,15 +80,23 @@ def main(argv: list[str] | None = None) -> int:
             if probe.num_nodes > 1:
                 raise UserError(f"trainer.num_nodes: {probe.num_nodes} machines are started together, by torchrun or srun")
             return launch.start(probe.num_devices, [sys.executable, __file__, *argv])
-        probe.strategy.setup_environment()  # processes find one another before the first decision
+        launch.join(probe)
         return run(planned, args, probe)
     except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that cannot be written
         if launch.rank() == 0 or not isinstance(error, launch.OnAllRanks):
             terminal.report(str(error))
         return 2
+    except FloatingPointError as error:
+        if launch.rank() == 0:
+            terminal.report(str(error))
+        return 3
     except KeyboardInterrupt:  # outside of the training steps, where callbacks.stop looks after it
         terminal.say("interrupted; --resume auto goes on from the last checkpoint, where there is one")
         return 130
+    except Exception:
+        if launch.world() > 1:
+            launch.fail()
+        raise
 
 
 def check(planned: list, args: argparse.Namespace) -> int:
@@ -130,7 +140,7 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
         if job.action == "reuse":
             checkpoint = job.checkpoint
             tell(f"{found.stage.label}: finished already, {job.run} is used (same config and data)")
-            for line in runs.kept_sampling(job, found.stage):
+            for line in [*runs.kept_sampling(job, found.stage), *runs.other_batch(job, found.stage, found.global_batch)]:
                 tell(line)
             continue
         checkpoint, signal = train(job, found, checkpoint, args, group, tell)
@@ -149,7 +159,7 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     from pytorch_lightning import seed_everything
 
     from ldm.app import guards, launch, parts, plan, runs, starts
-    from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, seeding, stop
+    from ldm.callbacks import checkpoints, clock, dashboard, images, metrics, progress, promises, seeding, stop
     from ldm.common.config import Checkpoint, Logging, section
 
     began, stage = monotonic(), survey.stage
@@ -162,7 +172,10 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
     launch.decided(group, lambda: guards.keeps_autoencoder(job, stage, module, args.logdir, args.trust))
     guards.settle_latents(stage, module, group.strategy.root_device, job.action == "resume", tell)
     need = (saving.keep + 1) * survey.checkpoint
-    folder = launch.decided(group, lambda: runs.run_folder(job, stage, module, args.logdir, args.postfix, need))
+    for line in runs.other_batch(job, stage, survey.global_batch):
+        tell(line)
+    folder = launch.decided(group, lambda: runs.run_folder(job, stage, module, args.logdir, args.postfix, need,
+                                                           survey.global_batch))  # fmt: skip
     tell("\n  ".join([*plan.summary(survey), *stage.train.report().splitlines(), f"run folder {folder}"]))
 
     timer, stopper = clock.Clock(), stop.Stop()
@@ -172,12 +185,17 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
         data, validation, panel = parts.prepared(stage, module, args.logdir, group.strategy.root_device, tell)
         pictures = images.Pictures(panel, folder / parts.PICTURES[stage.kind], logging.images_every, timer, boards)
         trainer = make_trainer(stage, plugins=[saver.io], callbacks=[
-            timer, *upkeep(stage, folder), seeding.Seeding(stage.seed),
+            timer, *upkeep(stage, folder), seeding.Seeding(stage.seed), promises.Promises(tell),
             metrics.Metrics(folder / "metrics.jsonl", logging.every, timer, boards),
             progress.Progress(stage.label, survey.steps, tell, survey.seconds), pictures, stopper, saver,
         ])  # fmt: skip
         tell(f"{stage.label}: training; pictures in {pictures.folder}, numbers in {folder / 'metrics.jsonl'}")
-        trainer.fit(module, parts.endless(stage, module, data), parts.one_pass(stage, validation), ckpt_path=job.checkpoint)
+        try:
+            trainer.fit(module, parts.endless(stage, module, data), parts.one_pass(stage, validation), ckpt_path=job.checkpoint)
+        except FloatingPointError:  # nothing of it has reached the weights
+            saver.save(trainer)
+            tell(f"{stage.label}: the last finite weights, of step {trainer.global_step}, are in {saver.last}")
+            raise
         if stopper.signal is None:
             module.to(trainer.strategy.root_device)
             tell(parts.finish(stage, module))

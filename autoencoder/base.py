@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.tiled import blended
+from ldm.common.weights import unwrapped
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,12 @@ class Autoencoder(nn.Module):
     def denormalise(self, z: Tensor) -> Tensor:
         return z * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)
 
-    def posterior(self, x: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Mean and standard deviation (B,C,h,w) of q(z|x) at unit scale; None for deterministic kinds."""
+    def posterior(self, x: Tensor, tile: int | None = None, autocast: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation (B,C,h,w) of q(z|x) at unit scale; None for deterministic kinds. autocast: where there is
+        one, compute in it."""
         self.check(x)
         check_tile(tile)
-        with without_autocast(x.device):
+        with nullcontext() if autocast else without_autocast(x.device):
             x = x.to(self.dtype)
             mean, logvar = (at_least_float32(part) for part in
                             (self.moments(x) if tile is None else self.tiled_moments(x, tile)))
@@ -186,7 +188,7 @@ class Autoencoder(nn.Module):
     def content_hash(self) -> str:
         """16 hex digits over every weight and buffer: two autoencoders with the same hash have the same latents."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(unwrapped(self.state_dict()).items()):
             if name == "statistics_data" and not tensor.any():
                 continue  # not known: the hash is what it was when there was no such buffer
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

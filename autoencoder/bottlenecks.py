@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from autoencoder.base import Bottled, without_autocast
-from autoencoder.codes import Codebook, from_rank_0, straight_through, summed, usage
+from autoencoder.codes import Codebook, straight_through, summed, usage
 from autoencoder.lattices import FSQ, LFQ
 from autoencoder.losses import kl_divergence
+from ldm.common.team import place
 
 __all__ = ["FSQ", "KL", "LFQ", "Plain", "VQ", "summed", "usage"]
 
@@ -155,14 +156,17 @@ class VQ(Codebook):
             self.codebook.copy_(torch.where(used > 1e-4, self.sums / used, self.codebook))
 
     @torch.no_grad()
-    def _restart_dead(self, flat: Tensor) -> None:  # (N,C)
+    def _restart_dead(self, flat: Tensor) -> None:  # (N,C) on each rank
+        """Puts entries without use where features of the whole batch are, that of all ranks together."""
         dead = self.use < self.restart
         if not dead.any():
             return
         generator = torch.Generator().manual_seed(int(self.updates))  # no global state: a resumed run draws the same
-        order = torch.randperm(len(flat), generator=generator)  # two entries get one feature only where there are too few
-        pick = order[torch.arange(int(dead.sum())) % len(flat)].to(flat.device)
-        fresh = from_rank_0(flat[pick].to(self.codebook.dtype))
+        rank, world = place()
+        order = torch.randperm(len(flat) * world, generator=generator)  # two entries get one only where there are too few
+        pick = order[torch.arange(int(dead.sum())) % len(order)].to(flat.device)
+        own = (pick // len(flat) == rank)[:, None]  # of other ranks: zero here, and the sum has them
+        fresh = summed(torch.where(own, flat[pick % len(flat)], 0.0).to(self.codebook.dtype))
         fresh = torch.where(fresh.isfinite().all(dim=1, keepdim=True), fresh, self.codebook[dead])
         self.codebook.data[dead] = fresh
         self.use[dead] = 1.0

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from autoencoder.base import Autoencoder
 from ldm.common.files import UserError, atomic_write, digest
+from ldm.common.team import place, wait
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Table:
     def missing(self) -> dict[str, int]:
         """key -> first i that wants it, of the rows that this rank has to make."""
         first = {key: i for i, key in reversed(list(enumerate(self.keys))) if key not in self.places}
-        rank, world = _rank_and_world()
+        rank, world = place()
         return {key: i for key, i in sorted(first.items(), key=lambda item: item[1]) if int(key, 16) % world == rank}
 
     def write(self, rows: Iterator[tuple[str, dict[str, Tensor]]], total: int, progress: Progress | None = None,
@@ -81,12 +82,11 @@ class Table:
         if done:
             seconds = time.perf_counter() - began
             log.info("%s: %d rows made in %.1f s (%.2f s for 1000)", self.folder, done, seconds, 1000 * seconds / done)
-        if _rank_and_world()[1] > 1:
-            torch.distributed.barrier()
+        wait()
 
     def open(self, ram: int = RAM) -> Table:
         """Make ``take`` ready. Raises UserError where a row is not there (any longer)."""
-        if _rank_and_world()[1] > 1:
+        if place()[1] > 1:
             self.places = Table(self.folder, ()).places  # the other ranks' too
         unique = list(dict.fromkeys(self.keys))
         if lost := [key for key in unique if key not in self.places]:
@@ -250,9 +250,3 @@ class CachedDataset(Dataset[dict]):
 
 def _pictures(items: list[dict]) -> Tensor:
     return torch.stack([item["image"] for item in items])
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

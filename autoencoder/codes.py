@@ -11,6 +11,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from ldm.common.team import place
+
 MOST = 2**20  # entries: each is counted, and the window has room for four codes of each
 
 
@@ -78,7 +80,6 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-def from_rank_0(x: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast(x, src=0)
-    return x
+def averaged(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all ranks."""
+    return summed(x.clone()) / place()[1]

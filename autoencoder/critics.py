@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder
-from autoencoder.codes import from_rank_0, summed
+from autoencoder.codes import averaged, summed
 from autoencoder.losses import ADVERSARIAL, adaptive_weight, gradient_penalty
 from ldm.common.files import UserError
 
@@ -127,7 +127,7 @@ def vgg16_weights(path: str | None) -> dict[str, Tensor]:
 
 class ActNorm(nn.Module):
     """scale * (x + loc) for each channel, so that the first training batch comes out with mean 0 and deviation 1 (Glow,
-    1807.03039, section 3.1). Under DDP it is the first rank's batch."""
+    1807.03039, section 3.1), that of all ranks together."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -143,9 +143,11 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        dims = (0, 2, 3)
-        self.loc.copy_(from_rank_0(-x.mean(dims, keepdim=True)))
-        self.scale.copy_(from_rank_0(1 / (x.std(dims, keepdim=True) + 1e-6)))
+        dims, n = (0, 2, 3), x.numel() // x.shape[1]
+        mean = averaged(x.mean(dims, keepdim=True))
+        variance = averaged((x - mean).square().mean(dims, keepdim=True))
+        self.loc.copy_(-mean)
+        self.scale.copy_(1 / ((variance * n / max(1, n - 1)).sqrt() + 1e-6))
         self.initialized.fill_(1)
         self.ready = True
 
@@ -284,7 +286,7 @@ class Adversarial(nn.Module):
             generator = loss(self.net(x_hat).float())
         weight = nll.new_tensor(share * self.weight)
         if self.adaptive:
-            weight = weight * adaptive_weight(nll, generator, last_layer, self.limit)
+            weight = weight * adaptive_weight(nll, generator, last_layer, self.limit, size=lambda g: averaged(g).norm())
         return {"adversarial": weight * generator, "generator": generator, "adversarial_weight": weight}
 
     def learn(self, x: Tensor, x_hat: Tensor, batch: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ with one optimizer and ``max_steps`` means what it says.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
 import pytorch_lightning as pl
@@ -25,9 +25,10 @@ from autoencoder.regularisers import Chance, Regulariser, Regularisers
 from autoencoder.statistics import IMAGES, Tally, measure
 from ldm.common.build import Block
 from ldm.common.ema import Ema
+from ldm.common.finite import bad_rows, culprit, listed, samples_of
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal
-from ldm.common.weights import evaluating
+from ldm.common.weights import evaluating, wrapped
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class AutoencoderModule(pl.LightningModule):
         self.gradient_clip, self.accumulate, self.seed = gradient_clip, accumulate, seed
         self.images_seen = self.batches_seen = self.skipped = 0  # images: of all ranks together
         self._accumulated = self._skipped_in_a_row = self._codes_seen = 0
+        self._names: list[str] = []  # of the samples of the step at hand
         self._told: set[str] = set()  # problems that the last look at the codebook found
         self._validation = Tally()
 
@@ -110,7 +112,9 @@ class AutoencoderModule(pl.LightningModule):
         terms = self.loss(goal, x_hat, bottled.losses, number)
         asked, logged = self.regularisers.terms(x, bottled.latent, terms["nll"])
         terms |= logged | {"loss": terms["loss"] + asked}
-        if self.not_finite(terms):  # before the critic sees it: its running statistics would keep it
+        self._names += samples_of(batch)
+        # before the critic sees it: its running statistics would keep it
+        if self.not_finite(terms, lambda: self.diagnosis(batch, goal, x_hat)):
             return
         total = terms["loss"]
         if self.critic is not None:
@@ -165,7 +169,7 @@ class AutoencoderModule(pl.LightningModule):
         scale = scaler.get_scale() if scaler else 1.0
         norms = {name: clip(module, self.gradient_clip, scale) for name, module in modules.items()}
         lr = optimizers[0].param_groups[0]["lr"]
-        if scaler is None and self.not_finite({**norms, **terms}):  # a scaler looks after this itself
+        if scaler is None and self.not_finite({**norms, **terms}, lambda: f"somewhere in {listed(self._names)}"):
             return {}
         self._skipped_in_a_row = 0
         optimizers[0].step()
@@ -177,27 +181,35 @@ class AutoencoderModule(pl.LightningModule):
             self.ema.update(self.autoencoder)
         return {**norms, "lr": lr}
 
-    def not_finite(self, terms: dict[str, Tensor]) -> bool:
+    def not_finite(self, terms: dict[str, Tensor], where: Callable[[], str]) -> bool:
         """Whether a term is inf or nan on any rank. Then this optimizer step is dropped; after the third without a whole
-        one in between, FloatingPointError names the term."""
+        one in between, FloatingPointError names the term. where: which samples it was on this rank."""
         values = torch.stack([term.detach().float() for term in terms.values()])
         if not summed((~values.isfinite()).any().float()):
             return False
         wrong = [name for name, value in zip(terms, values.tolist(), strict=True) if not abs(value) < float("inf")]
+        said = f"{', '.join(wrong)} not finite, {where()}" if wrong else "a term on another rank not finite"
         self.clear_gradients()
         self.skipped += 1
         self._skipped_in_a_row += 1
-        told = f"batch {self.batches_seen}: {', '.join(wrong) or 'a term on another rank'} not finite"
+        told = f"batch {self.batches_seen}: {said}"
         if self._skipped_in_a_row >= MAX_SKIPPED:
             raise FloatingPointError(f"{told}, the {MAX_SKIPPED}rd in a row: stopped before the weights were touched. "
                                      "Lower the learning rate, set gradient_clip, or use precision bf16 or 32")
         log.warning("%s: step skipped", told)
         return True
 
+    def diagnosis(self, batch: dict, goal: Tensor, x_hat: Tensor) -> str:
+        """Which samples, and which part of the autoencoder; it is asked once more, in eval mode, where it learns nothing."""
+        with evaluating(self.autoencoder):
+            where = culprit(self.autoencoder, lambda: self.autoencoder(batch["image"], self.noise(batch)))
+        bad = bad_rows(goal, x_hat)
+        return f"because of {listed(samples_of(batch, bad if bad.any() else None))}" + (f" ({where})" if where else "")
+
     def clear_gradients(self) -> None:
         for optimizer in self.listed_optimizers():
             optimizer.zero_grad()
-        self._accumulated = 0
+        self._accumulated, self._names = 0, []
 
     def listed_optimizers(self) -> list:  # Lightning gives one alone without a list
         found = self.optimizers()
@@ -255,6 +267,7 @@ class AutoencoderModule(pl.LightningModule):
         progress = checkpoint["progress"]
         self.images_seen, self.batches_seen = progress["images"], progress["batches"]
         self.skipped = progress["skipped"]
+        checkpoint["state_dict"] = wrapped(checkpoint["state_dict"], self)
 
 
 def clip(module: nn.Module, limit: float | None, scale: float) -> Tensor:

@@ -82,12 +82,13 @@ def gradient_penalty(logits: Tensor, x: Tensor) -> Tensor:  # (B,...), (B,C,H,W)
     return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
-def adaptive_weight(loss: Tensor, other: Tensor, at: Tensor, limit: float = 1e4, eps: float = 1e-4) -> Tensor:
+def adaptive_weight(loss: Tensor, other: Tensor, at: Tensor, limit: float = 1e4, eps: float = 1e-4,
+                    size: Callable[[Tensor], Tensor] = Tensor.norm) -> Tensor:
     """|d loss / d at| / (|d other / d at| + eps) in [0, limit] (): times this, ``other`` pulls at the tensor ``at`` as ``loss``
-    does. With the last layer's weight as ``at`` and a generator's loss as ``other``: VQGAN, 2012.09841, eq. 7."""
-    by_loss, = torch.autograd.grad(loss, at, retain_graph=True)
-    by_other, = torch.autograd.grad(other, at, retain_graph=True)
-    return (by_loss.float().norm() / (by_other.float().norm() + eps)).clamp(0, limit).detach()
+    does. With the last layer's weight as ``at`` and a generator's loss as ``other``: VQGAN, 2012.09841, eq. 7.
+    size: of a gradient (), the same on all ranks if it asks them all."""
+    by_loss, by_other = (size(torch.autograd.grad(value, at, retain_graph=True)[0].float()) for value in (loss, other))
+    return (by_loss / (by_other + eps)).clamp(0, limit).detach()
 
 
 class ReconstructionLoss(nn.Module):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder, Bottled
+from autoencoder.codes import averaged
 from autoencoder.losses import adaptive_weight
 from autoencoder.vision import Vision
 from ldm.common.files import UserError
@@ -180,7 +181,8 @@ class Alignment(Regulariser):
                              zip((marginal_cosine, marginal_distances), self.margins, strict=True))
         weight = nll.new_tensor(self.weight)
         if self.adaptive:
-            weight = weight * adaptive_weight(nll, cosine + distances, z, limit=1e8, eps=1e-8)
+            weight = weight * adaptive_weight(nll, cosine + distances, z, limit=1e8, eps=1e-8,
+                                              size=lambda g: averaged(g.square().sum()).sqrt())  # fmt: skip
         logged = {"alignment_cosine": cosine, "alignment_distances": distances, "alignment_weight": weight}
         return weight * (cosine + distances), {name: value.detach() for name, value in logged.items()}
 

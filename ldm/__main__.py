@@ -44,8 +44,18 @@ def make_parser() -> Parser:
         command = commands.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         command.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
         module.arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, shared=getattr(module, "SHARED", False))
     return parser
+
+
+def together(args: argparse.Namespace) -> int:
+    """One of several processes (torchrun, srun): each does its share, or rank 0 all of it where the command knows no shares."""
+    from ldm.app import launch
+
+    if not args.shared:
+        return 0 if launch.rank() else args.run(args) or 0
+    with launch.team():
+        return args.run(args) or 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hint = f"; nearest: {near}" if near else ""
             raise UserError(f"no command {arguments[0]!r}{hint}; there are {', '.join(COMMANDS)}")
         args = make_parser().parse_args(arguments)
+        if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
+            return together(args)
         return args.run(args) or 0
     except BrokenPipeError:  # `info ... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,5 +85,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    terminal.set_up(rank=0)
+    terminal.set_up(int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0))
     sys.exit(main())

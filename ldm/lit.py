@@ -17,6 +17,7 @@ from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
+from ldm.common.weights import wrapped
 from ldm.cond import Cond
 from ldm.conditioners.base import Draw, encoded, entry
 from ldm.denoiser import build_denoiser, impossible
@@ -35,6 +36,8 @@ class OnLatents(pl.LightningModule):
     and averaged where ``ema_decay`` is given. With it go the callbacks EmaUpdate and FiniteGradients (``ldm.callbacks``),
     which main.py adds. All randomness follows from the batch's "position" (B,), the samples' places in the run."""
 
+    autoencoder_autocast = False
+
     def __init__(self, autoencoder: Autoencoder, model: dict[str, nn.Module], optimizer: Block, schedule: Block | None,
                  latents: Literal["sample", "mode"], statistics: Literal["check", "measure", "force"],
                  ema_decay: float | HalfLife | Power | None, snapshots: Snapshots | None, seed: int):
@@ -46,6 +49,7 @@ class OnLatents(pl.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.latents, self.statistics, self.seed = latents, statistics, seed
         self.images_seen = 0  # by all processes together
+        self.train()
 
     @property
     def conditioner(self) -> nn.Module | None:
@@ -59,12 +63,13 @@ class OnLatents(pl.LightningModule):
 
     @torch.no_grad()
     def latent(self, batch: dict, positions: list[int], stream: str) -> Tensor:
-        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32 whatever the training precision."""
-        with torch.autocast(self.device.type, enabled=False):
-            if "latent" in batch:
-                mean, std = batch["latent"].float(), batch.get("latent_std")
-            else:
-                mean, std = self.autoencoder.posterior(batch["image"].float())
+        """A draw of q(z|x) or its mode, (B,C,h,w) at unit scale, in fp32; computed so too, unless ``autoencoder_autocast``."""
+        if "latent" in batch:
+            mean, std = batch["latent"].float(), batch.get("latent_std")
+        elif self.autoencoder_autocast:
+            mean, std = self.autoencoder.posterior(batch["image"], autocast=True)
+        else:
+            mean, std = self.autoencoder.posterior(batch["image"].float())
         if std is None or self.latents == "mode":
             return mean
         return mean + std.float() * normal(mean.shape[1:], self.seed, stream, positions, mean.device)
@@ -95,9 +100,9 @@ class OnLatents(pl.LightningModule):
 
     def train(self, mode: bool = True) -> OnLatents:
         super().train(mode)
-        for frozen in (self.autoencoder, self.ema, self.averages):
-            if frozen is not None:
-                frozen.eval()
+        for part in filter(None, (self.autoencoder, self.ema, self.averages, *self.model.children())):
+            if not any(p.requires_grad for p in part.parameters()):
+                part.eval()
         return self
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
@@ -105,6 +110,7 @@ class OnLatents(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.images_seen = checkpoint["images_seen"]
+        checkpoint["state_dict"] = wrapped(checkpoint["state_dict"], self)
 
 
 class DiffusionModule(OnLatents):
@@ -129,6 +135,8 @@ class DiffusionModule(OnLatents):
             anew; "force" measures nothing and warns in place of refusing.
         ema_decay: of the averaged weights that sampling uses, a number or a profile (``ldm.common.ema``); None keeps none.
         snapshots: averages that are saved along the way, for others of any width after the fact.
+        autoencoder_autocast: the autoencoder computes in the precision of the training too (trainer.precision); otherwise it
+            stays in that of its weights, since some autoencoders overflow in half.
         lora: train low-rank changes of a given model alone (``ldm.adapters.Lora``); checkpoints then hold nothing else.
     """
 
@@ -150,7 +158,8 @@ class DiffusionModule(OnLatents):
                  schedule: Block | None = None, latents: Literal["sample", "mode"] = "sample",
                  statistics: Literal["check", "measure", "force"] = "check",
                  ema_decay: float | HalfLife | Power | None = 0.9999, snapshots: Snapshots | None = None,
-                 lora: Lora | None = None, seed: int = 23, sampling: dict | None = None):
+                 autoencoder_autocast: bool = False, lora: Lora | None = None, seed: int = 23,
+                 sampling: dict | None = None):
         denoiser = build_denoiser(network, process or RectifiedFlow(), parameterization, autoencoder, conditioner,
                                   variance=variance, self_conditioning=self_conditioning)
         model = nn.ModuleDict({"denoiser": denoiser} | ({} if conditioner is None else {"conditioner": conditioner}))
@@ -159,7 +168,7 @@ class DiffusionModule(OnLatents):
         super().__init__(autoencoder, model, optimizer, schedule, latents, statistics, ema_decay, snapshots, seed)
         self.loss = Objective(density, weight, distance, uncertainty, variational, draws, offset_noise, immiscible)
         self.loss.attach(denoiser.process, variance)
-        self.sampling, self.lora = dict(sampling or {}), lora
+        self.sampling, self.autoencoder_autocast, self.lora = dict(sampling or {}), autoencoder_autocast, lora
         self.strict_loading = lora is None
 
     @property
@@ -188,6 +197,13 @@ class DiffusionModule(OnLatents):
         return {"autoencoder": self.autoencoder, "conditioner": _conditioner(model), "denoiser": model["denoiser"]}
 
     def training_step(self, batch: dict, index: int) -> Tensor:
+        losses, t = self.losses(batch)
+        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
+        self.images_seen += len(losses) * self.trainer.world_size
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:  # (B,) twice: the samples' losses, and their times
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
 
@@ -198,11 +214,7 @@ class DiffusionModule(OnLatents):
         noise = self.loss.noise(z, positions, self.seed)
         cond = self.condition(self.model, batch, z, draw)
         again = draw("again") < 0.5
-        losses = self.loss(self.model["denoiser"], z, cond, t, noise, again)
-        loss = self.loss.reduce(losses, t, batch["position"], self.all_gather)
-        self.images_seen += len(z) * self.trainer.world_size
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(z))
-        return loss
+        return self.loss(self.model["denoiser"], z, cond, t, noise, again), t
 
     def validation_step(self, batch: dict, index: int) -> None:
         """The loss on the same noise and times every time, in each quarter of the time axis, for both sets of weights."""
@@ -262,14 +274,18 @@ class ClassifierModule(OnLatents):
         return (self.ema.shadow if ema and self.ema is not None else self.model)["classifier"]
 
     def training_step(self, batch: dict, index: int) -> Tensor:
+        losses, right = self.losses(batch)
+        self.images_seen += len(losses) * self.trainer.world_size
+        loss, accuracy = losses.mean(), right.float().mean()
+        self.log_dict({"train/loss": loss, "train/accuracy": accuracy}, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def losses(self, batch: dict) -> tuple[Tensor, Tensor]:  # (B,) twice: the samples' losses, and whether they were right
         positions = batch["position"].tolist()
         z = self.latent(batch, positions, "posterior")
         t = self.density(uniform(self.seed, "t", positions, z.device), self.classifier(ema=False).process)
         noise = normal(z.shape[1:], self.seed, "noise", positions, z.device)
-        losses, right = cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
-        self.images_seen += len(z) * self.trainer.world_size
-        self.log_dict({"train/loss": losses.mean(), "train/accuracy": right.float().mean()}, prog_bar=True, batch_size=len(z))
-        return losses.mean()
+        return cross_entropy(self.classifier(ema=False), z, entry(batch, self.key, self), t, noise)
 
     def validation_step(self, batch: dict, index: int) -> None:
         """Loss and accuracy in each quarter of the time axis, on the same noise and times every time."""

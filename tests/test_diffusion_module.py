@@ -45,17 +45,17 @@ class Words(Conditioner):
 
 
 class Pictures(Dataset):
-    """Four pictures of noise with a caption each, or the same numbers under another key."""
+    """Four pictures of noise with a caption each, or the same numbers under another key; ``broken``: indices that hold inf."""
 
-    def __init__(self, key="image", shape=(3, 8, 8)):
-        self.key, self.shape = key, shape
+    def __init__(self, key="image", shape=(3, 8, 8), broken=()):
+        self.key, self.shape, self.broken = key, shape, broken
 
     def __len__(self):
         return 4
 
     def __getitem__(self, i):
         value = torch.rand(self.shape, generator=torch.Generator().manual_seed(i)) * 2 - 1
-        return {self.key: value, "caption": WORDS[i], "key": str(i)}
+        return {self.key: value * float("inf") if i in self.broken else value, "caption": WORDS[i], "key": f"{i}.png"}
 
 
 class Free(DiffusionModule):
@@ -194,6 +194,24 @@ def test_training_leaves_the_autoencoder_alone_and_nothing_else():
     assert all(not torch.equal(p, start[name]) for name, p in trained.items())
     held = [id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in trained.values()) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_sample_with_inf_is_named_and_its_step_skipped(accumulate, caplog):
+    model, record = module(kl()), Record()
+    trainer = fit(model, 4 // accumulate, Pictures(broken={2}), 1, [record], accumulate_grad_batches=accumulate)
+    assert trainer.callback_metrics["train/skipped"] == 1 and sum(not torch.tensor(loss).isfinite() for loss in record.losses) == 1
+    (told,) = [message for message in caplog.messages if "skipped" in message]
+    assert "the loss is not finite for 2.png (autoencoder.encoder." in told and "was given inf or nan)" in told
+    assert all(value.isfinite().all() for value in model.state_dict().values()) and trainer.global_step == 4 // accumulate
+
+
+def test_samples_with_inf_end_the_run_before_the_weights_are_touched():
+    model = module()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="3 steps in a row.*for .*png"):
+        fit(model, 9, Pictures(broken=range(4)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "updates" not in name)
 
 
 def test_the_loss_falls():

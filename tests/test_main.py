@@ -16,6 +16,7 @@ from PIL import Image
 from two_stages import write_configs
 
 import ldm
+from ldm.__main__ import main as tool
 from main import main, parse
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +117,30 @@ def test_finished_stages_are_used_again(trained, tmp_path, capsys):
     assert "stage 1 of 2, autoencoder: finished already" in out and '--prompt "a"' in out
     assert len(runs(tmp_path, "tiny_ldm")) == 2 and len(runs(tmp_path, "tiny_ae")) == 1
     assert not (runs(tmp_path, "tiny_ldm")[-1] / "samples").exists()
+
+
+def test_the_same_command_gives_the_same_checkpoints_whatever_the_workers(trained, tmp_path, capsys):
+    workers = ["loader.workers=2", "stage1.loader.workers=2"]
+    assert main(["--base", str(trained / "ldm.yaml"), "-t", "--logdir", str(tmp_path / "logs"), "--no-test", *workers]) == 0
+    for name in ("tiny_ae", "tiny_ldm"):
+        (one,), (other,) = runs(trained, name), runs(tmp_path, name)
+        capsys.readouterr()
+        assert tool(["info", str(one), "--compare", str(one)]) == 0 and "the same, to the bit" in capsys.readouterr().out
+        assert tool(["info", str(one), "--compare", str(other)]) == 1
+        told = capsys.readouterr().out.splitlines()
+        differ = [line.split(":")[0].strip() for line in told if line.startswith("  ")]
+        assert differ == ["ldm.config.loader.workers"] and told[-1].startswith("1 of ")
+
+
+def test_a_run_that_is_not_finite_ends_with_3_and_its_last_finite_weights(configs, capsys):
+    logs = ["-l", str(configs / "logs"), "--no-test"]
+    assert main(["-b", str(configs / "ae.yaml"), "-t", *logs, "model.params.optimizer.params.lr=1e30", "trainer.max_steps=50"]) == 3
+    out, err = capsys.readouterr()
+    assert "not finite" in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: batch ")
+    (run,) = runs(configs, "tiny_ae")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert f"the last finite weights, of step {saved['global_step']}, are in {run / 'checkpoints' / 'last.ckpt'}" in out
+    assert all(value.isfinite().all() for value in saved["state_dict"].values()) and not (run / "DONE").exists()
 
 
 def test_a_resumed_stage_2_is_the_uninterrupted_one(trained, tmp_path):

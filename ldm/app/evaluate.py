@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUMMARY = "Measure a model."
+SHARED = True  # several processes each do a part
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,25 +59,29 @@ def adherence_arguments(parser: argparse.ArgumentParser) -> None:
 def adherence(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from ldm.common.team import place
     from ldm.metrics import adherence
 
     settings = sampling_of(args)
     bundle = load_model(args)
     chosen = bundle.plan(**settings)
-    drawn = 0
+    (rank, world), calls, drawn = place(), 0, 0
 
-    with tqdm(total=args.n + args.n_held_out, desc="drawing", unit="picture", disable=None) as bar:
+    with tqdm(total=args.n + args.n_held_out, desc="drawing", unit="picture", disable=True if rank else None) as bar:
 
-        def generate(captions: Sequence[str]) -> Tensor:
-            nonlocal drawn
-            pictures = bundle.generate(captions, seed=args.seed, indices=range(drawn, drawn + len(captions)), **chosen)
-            drawn += len(captions)
+        def generate(captions: Sequence[str]) -> Tensor | None:
+            nonlocal calls, drawn
+            calls, indices, drawn = calls + 1, range(drawn, drawn + len(captions)), drawn + len(captions)
             bar.update(len(captions))
-            return pictures.cpu()
+            if calls % world != rank:
+                return None
+            return bundle.generate(captions, seed=args.seed, indices=indices, **chosen).cpu()
 
         with enough_memory():
             table = adherence.evaluate(generate, n=args.n, n_held_out=args.n_held_out, seed=args.seed,
                                        batch=args.batch_size)
+    if rank > 0:
+        return
     print(adherence.format_table(table))
     if args.out:
         about = {"seed": args.seed, "model": bundle.content_hash(), "precision": precision_name(bundle), **chosen}

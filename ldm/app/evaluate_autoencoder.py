@@ -14,16 +14,17 @@ from ldm.app import png
 from ldm.app.judging import (
     AMPLIFIED,
     batched,
+    below,
     check_source,
     fetch,
     find_lpips,
-    first,
     fitted,
     list_pictures,
     load_autoencoder,
     lpips_arguments,
     panel,
     readable,
+    shared,
     trained_on,
 )
 from ldm.app.models import enough_memory, model_arguments, positive, precision_name
@@ -60,6 +61,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from ldm.common.team import place, wait
     from ldm.metrics.reconstruction import measure
 
     if args.size and not args.images:
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     files = figures_and_sheet(args)
     check_free([file for file in files if file and args.outdir and file.parent == Path(args.outdir)], args.overwrite)
     check_free([Path(args.out)] if args.out else [], overwrite=True)
+    wait()  # before another process has written there
     bundle = load_autoencoder(args)
     autoencoder = bundle.autoencoder
     extractor = extractor_from(args, autoencoder.image_channels, bundle.device)
@@ -77,8 +80,10 @@ def run(args: argparse.Namespace) -> None:
     source, batches = data_from(args, bundle, broken)
     tally = import_module("autoencoder.statistics").Tally()  # by name: ldm knows no concrete part of stage 1
     with enough_memory():
-        bar = tqdm(batches, desc="measuring", unit="batch", disable=None)
+        bar = tqdm(batches, desc="measuring", unit="batch", disable=True if place()[0] else None)
         report = measure(autoencoder, bar, tally, extractor, lpips)
+    if place()[0] > 0:
+        return
     report.table["not_measured"] = {"lpips": unmeasured} if unmeasured else {}
     about = {"weights": autoencoder.content_hash(), "autoencoder": kind(autoencoder), "data": source, "seed": args.seed,
              "features": args.features, "precision": precision_name(bundle, "autoencoder"), "broken": broken}  # fmt: skip
@@ -107,7 +112,7 @@ def extractor_from(args: argparse.Namespace, channels: int, device: Any) -> Any:
 
 
 def data_from(args: argparse.Namespace, bundle: Bundle, broken: dict[str, str]) -> tuple[dict, Iterator[dict]]:
-    """-> what the pictures are, and batches of them."""
+    """-> what the pictures are, and this process's batches of them; "position" (B,) numbers the pictures."""
     from ldm.common.build import DATA, build, plain
     from ldm.common.config import load
     from ldm.data.loader import make_loader
@@ -123,7 +128,7 @@ def data_from(args: argparse.Namespace, bundle: Bundle, broken: dict[str, str]) 
     dataset = build(data[role], allowed=None if args.data or args.trust else DATA)
     batches = make_loader(dataset, args.batch_size, seed=args.seed, infinite=False)
     source = {"block": data[role], "role": role, "fingerprint": getattr(dataset, "fingerprint", None)}
-    return source, first(batches, min(args.n, len(dataset)))
+    return source, below(batches, args.n)
 
 
 def images(args: argparse.Namespace, bundle: Bundle, broken: dict[str, str]) -> tuple[dict, Iterator[dict]]:
@@ -141,7 +146,8 @@ def images(args: argparse.Namespace, bundle: Bundle, broken: dict[str, str]) -> 
     if size is None:
         raise UserError(f"{args.ckpt}: does not say at what size it was trained; give --size")
     found = readable((paths[i] for i in picked), lambda path: prepare(path.read_bytes(), size, channels, value_range), broken)
-    batches = ({"key": [path.name for path in names], "image": x} for names, x in batched(found, args.batch_size))
+    batches = ({"key": [path.name for path in names], "image": x, "position": numbers}
+               for numbers, (names, x) in shared(batched(found, args.batch_size)))  # fmt: skip
     return {"images": args.images, "size": size}, batches
 
 

@@ -66,6 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from ldm.common.team import place, wait
     from ldm.common.weights import evaluating
     from ldm.metrics.likelihood import evaluate
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     figures = Path(args.out) if args.out else folder and folder / FIGURES
     curve = [folder / CURVE, folder / PLOT] if folder and args.rate_distortion else []
     check_free([*curve, folder / FIGURES] if folder and not args.out else curve, args.overwrite)
+    wait()  # before another process has written there
     bundle = load_model(args).float().requires_grad_(False)
     bundle.check_conditioner(1.0)
     settings, about = settings_from(args, bundle)
@@ -83,8 +85,11 @@ def run(args: argparse.Namespace) -> None:
         for batch in found:
             yield {key: value.to(bundle.device) if hasattr(value, "to") else value for key, value in batch.items()}
 
-    with tqdm(total=args.n, desc="measuring", disable=None, bar_format=BAR) as bar, evaluating(bundle), enough_memory():
+    hidden = True if place()[0] else None
+    with tqdm(total=args.n, desc="measuring", disable=hidden, bar_format=BAR) as bar, evaluating(bundle), enough_memory():
         table = evaluate(bundle.autoencoder, bundle.conditioner, bundle.denoiser, batches, settings, bar.update)
+    if place()[0] > 0:
+        return
     print("\n".join(lines(table, about)))
     if figures:
         with atomic_write(figures) as temporary:

@@ -1,4 +1,4 @@
-"""What a picture or a checkpoint says of itself, as JSON."""
+"""What a picture or a checkpoint says of itself, as JSON; and how two checkpoints differ."""
 
 from __future__ import annotations
 
@@ -6,18 +6,53 @@ import argparse
 import json
 from collections import Counter
 
-SUMMARY = "Show how a picture was made, or what is in a checkpoint."
+SUMMARY = "Show how a picture was made, what is in a checkpoint, or how two differ."
+NAMED = 10  # differences that are shown of a part
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="IMAGE_OR_CKPT", help="a PNG of ours, a checkpoint, or a run folder")
+    parser.add_argument("--compare", metavar="CKPT", help="instead: hold all that is in two checkpoints side by side, to the "
+                                                          "bit; exit status 1 where something differs")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
     from ldm.app import png
 
+    if args.compare is not None:
+        return compare(args.path, args.compare)
     about = png.read(args.path) if png.is_png(args.path) else about_checkpoint(args.path)
     print(json.dumps(about, indent=2, ensure_ascii=False))
+
+
+def compare(one: str, other: str) -> int:
+    """Prints what differs, part by part (weights, optimizers ...) -> 1 if anything does, else 0."""
+    from ldm.common.equal import differences, leaves
+
+    first, second = everything(one), everything(other)
+    found = differences(first, second)
+    numbers = Counter(path.split(".")[0] for path in {**dict(leaves(first)), **dict(leaves(second))})
+    for part, count in numbers.items():
+        here = {path: said for path, said in found.items() if path.split(".")[0] == part}
+        print(f"{part}: {count - len(here):,} of {count:,} the same")
+        for path, said in list(here.items())[:NAMED]:
+            print(f"  {path}: {said}")
+        if len(here) > NAMED:
+            print(f"  and {len(here) - NAMED:,} more")
+    print("the same, to the bit" if not found else f"{len(found):,} of {numbers.total():,} values differ")
+    return 1 if found else 0
+
+
+def everything(path: str) -> dict:
+    """In a checkpoint, mapped into memory."""
+    import torch
+
+    from ldm.load import read
+
+    found = read(path)  # a file that is none ends here, in a line
+    if found.path.suffix == ".safetensors":
+        return {"state_dict": found.tensors}
+    return torch.load(found.path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def about_checkpoint(path: str) -> dict:

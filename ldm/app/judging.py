@@ -13,6 +13,7 @@ from urllib.error import URLError
 from ldm.app.models import load_model
 from ldm.common.build import DATA, locate
 from ldm.common.files import UserError
+from ldm.common.team import place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,15 +127,24 @@ def batched(pictures: Iterable[tuple[Path, Tensor]], size: int) -> Iterator[tupl
         yield stacked()
 
 
-def first(batches: Iterable[dict], n: int) -> Iterator[dict]:
-    """The first n items of batches {"image": (B,C,H,W), ...}."""
-    left = n
+def shared(batches: Iterable[tuple[list[Path], Tensor]]) -> Iterator[tuple[Tensor, tuple[list[Path], Tensor]]]:
+    """Those of these batches that are this process's share, each with the numbers of its pictures."""
+    import torch
+
+    (rank, world), seen = place(), 0
+    for k, (names, x) in enumerate(batches):
+        if k % world == rank:
+            yield torch.arange(seen, seen + len(names)), (names, x)
+        seen += len(names)
+
+
+def below(batches: Iterable[dict], n: int) -> Iterator[dict]:
+    """The items of batches {"image": (B,C,H,W), "position": (B,) growing, ...} whose position is below n."""
     for batch in batches:
-        batch = {name: values[:left] for name, values in batch.items()}
-        yield batch
-        left -= len(batch["image"])
+        left = int((batch["position"] < n).sum())
         if not left:
             return
+        yield {name: values[:left] for name, values in batch.items()}
 
 
 def panel(x: Tensor, y: Tensor) -> Tensor:  # (C,H,W) in [-1,1] twice -> (C,H,3W)

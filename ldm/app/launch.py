@@ -3,19 +3,28 @@
 Nothing of this happens where somebody else has done it already (torchrun, srun), which Lightning knows.
 """
 
+import logging
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from ldm.common.files import UserError
 
-PATIENCE = 30.0  # seconds that the others get to leave by themselves when one process has failed
+log = logging.getLogger(__name__)
+PATIENCE = 15.0  # seconds that the others get to leave by themselves when one process has failed
+MEETING = 60.0  # seconds in which processes have to find one another
+EXCHANGE = timedelta(minutes=30)  # that one process may be behind the others
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+TOGETHER = {2, 3, *(128 + number for number in PASSED_ON)}  # statuses of main.py that all processes end with, one after another
 
 
 class OnAllRanks(UserError):
@@ -30,6 +39,62 @@ def needed(group: Any) -> bool:
 def rank() -> int:
     """Global rank, known before torch.distributed is."""
     return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
+def world() -> int:
+    """Number of processes, known before torch.distributed is."""
+    return next((int(os.environ[name]) for name in ("WORLD_SIZE", "SLURM_NTASKS") if name in os.environ), 1)
+
+
+def meet(place: int, count: int, device: torch.device, seconds: float = MEETING) -> None:
+    """Process `place` of `count` finds the others, at MASTER_ADDR:MASTER_PORT of the environment. UserError, with what may be
+    the cause, where they are not all there in time."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    here = f"rank {place} of {count} on {socket.gethostname()}"
+    log.info("%s: meeting at %s:%s", here, host, port)
+    try:
+        store, *_ = next(torch.distributed.rendezvous("env://", place, count, timeout=timedelta(seconds=seconds)))
+    except (torch.distributed.DistError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{here}: the processes did not find one another at {host}:{port} in {seconds:g} s ({said}). Likely causes: not "
+            f"{count} processes were started (trainer.devices x num_nodes, torchrun --nproc-per-node x --nnodes, srun "
+            "--ntasks-per-node x --nodes); one of them failed first, see its message; MASTER_ADDR is not the first machine, or "
+            "a firewall closes MASTER_PORT; another run has this port; the wrong network card (GLOO_SOCKET_IFNAME, "
+            "NCCL_SOCKET_IFNAME)"
+        ) from error
+    store.set_timeout(EXCHANGE)
+    nccl = device.type == "cuda"
+    torch.distributed.init_process_group("nccl" if nccl else "gloo", store=store, rank=place, world_size=count,
+                                         timeout=EXCHANGE, device_id=device if nccl else None)
+
+
+def join(group: Any) -> None:
+    """Before the first decision, the processes of a training find one another. group: a Lightning Trainer."""
+    if group.world_size > 1 and not torch.distributed.is_initialized():
+        environment = group.strategy.cluster_environment
+        os.environ |= {"MASTER_ADDR": environment.main_address, "MASTER_PORT": str(environment.main_port)}
+        meet(environment.global_rank(), group.world_size, group.strategy.root_device)
+    group.strategy.setup_environment()
+
+
+@contextmanager
+def team() -> Iterator[None]:
+    """For a command other than training, which torchrun or srun started several times: the processes find one another, and
+    only rank 0 prints. MASTER_ADDR and MASTER_PORT say where; torchrun sets them."""
+    if world() == 1:
+        yield
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(f"{' and '.join(missing)}: not set, so that {world()} processes cannot find one another; export the name "
+                        "of the first machine, and a port that is free on it")
+    os.environ |= {"RANK": str(rank()), "WORLD_SIZE": str(world())}
+    meet(rank(), world(), torch.device("cpu"))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+            yield
+    finally:
+        leave()
 
 
 def in_turn(group: Any, action: Callable[[], None]) -> None:
@@ -60,10 +125,19 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def fail() -> None:
+    """Ends this process, one of several, with the traceback of the error at hand: at once, since whatever is left to do
+    (closing groups, waiting for workers) may wait for the others, and they for this one."""
+    log.exception("rank %d failed", rank())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def start(count: int, command: Sequence[str]) -> int:
     """Runs `command` in `count` processes of this machine; gives back the first exit status that is not 0, or 0.
 
-    SIGINT and SIGTERM are passed on to all. When one process fails, the others, which would wait for it for ever, are
+    SIGINT, SIGTERM and SIGUSR1 are passed on to all. When one process fails, the others, which would wait for it for ever, are
     asked to stop, and killed if they do not.
     """
     with socket.socket() as probe:
@@ -78,7 +152,7 @@ def start(count: int, command: Sequence[str]) -> int:
             if process.poll() is None:
                 process.send_signal(number)
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, tell) for number in PASSED_ON}
     try:
         for i in range(count):  # groups of their own: else Ctrl-C would reach them twice, from the terminal and from here
             place = {"RANK": str(i), "LOCAL_RANK": str(i)}
@@ -87,8 +161,10 @@ def start(count: int, command: Sequence[str]) -> int:
         while None in (codes := [process.poll() for process in processes]):
             time.sleep(0.1)
             if failed_at is None and any(codes):
-                failed_at = time.monotonic()
-                tell(signal.SIGTERM)
+                failed_at, (place, code) = time.monotonic(), next((i, code) for i, code in enumerate(codes) if code)
+                if code not in TOGETHER:
+                    print(f"rank {place} ended with status {code}: the others are ended too", file=sys.stderr)
+                    tell(signal.SIGTERM)
             elif failed_at is not None and time.monotonic() - failed_at > PATIENCE:
                 tell(signal.SIGKILL)
         return _status(processes)

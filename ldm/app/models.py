@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,8 +116,9 @@ def pick_device(name: str | None) -> torch.device:
     import torch
 
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name is None:
-        return torch.device("cuda" if has["cuda"] else "cpu")
+    if name is None:  # of several processes on a machine each has its own
+        own = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) if has["cuda"] else 0
+        return torch.device(f"cuda:{own % torch.cuda.device_count()}" if own else "cuda") if has["cuda"] else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -6,9 +6,11 @@ depend on: a stage with that key is not trained twice.
 """
 
 import json
+import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +22,9 @@ from torch import nn
 
 from ldm.app.stages import PLACE, Kind, Stage
 from ldm.bundle import compare
+from ldm.callbacks.checkpoints import saved_at
 from ldm.common.files import UserError, atomic_write, free_bytes
+from ldm.common.weights import unwrapped
 from ldm.load import kind as kind_in
 
 STAGE1 = "stage1.yaml"  # in a run folder of stage 2
@@ -65,7 +69,7 @@ def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> 
     for folder in _runs(logdir):
         if not re.fullmatch(name, folder.name) or (folder / "DONE").exists():
             continue
-        checkpoint, config = newest(folder), _config_of(folder)
+        checkpoint, config = newest(folder, told.append), _config_of(folder)
         if checkpoint is None or config is None or Stage(config).kind != stage.kind:
             continue
         differ = differences(config, stage.config)
@@ -77,14 +81,36 @@ def unfinished(logdir: str | Path, stage: Stage, postfix: str | None = None) -> 
     return None, told
 
 
-def newest(folder: Path) -> Path | None:
-    """-> the newest whole checkpoint of a run: last.ckpt, else the highest step that can be read."""
-    steps = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=lambda path: (len(path.name), path.name), reverse=True)
-    return next((path for path in (folder / "checkpoints" / "last.ckpt", *steps) if _whole(path)), None)
+def newest(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Path | None:
+    """-> the newest whole checkpoint of a run: last.ckpt, unless it is damaged, or a later step was saved when the run was
+    killed before last.ckpt became a second name of it. What is damaged is told."""
+    steps = sorted((folder / "checkpoints").glob("step-*.ckpt"), key=saved_at, reverse=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    files = [last, *steps] if last.is_file() else steps
+    if last.is_file() and steps and saved_at(steps[0]) > saved_at(last) and _step(steps[0]) > _step(last):
+        files.insert(0, steps[0])
+    for path in files:
+        if _whole(path):
+            return path
+        tell(f"{path}: damaged, passed over")
+    return None
 
 
 def _whole(path: Path) -> bool:
-    return path.is_file() and zipfile.is_zipfile(path)  # a zip's table of contents is its end
+    """Whether each part of a checkpoint (a zip) has its checksum."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+        return False
+
+
+def _step(path: Path) -> int:
+    """Of a checkpoint that may be damaged: then -1."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError):
+        return -1
 
 
 def _runs(logdir: str | Path) -> list[Path]:
@@ -140,7 +166,7 @@ def jobs(stages: Sequence[Stage], logdir: str | Path, resume: str | None = None,
     that cannot be."""
     *_, last = stages
     told: list[str] = []
-    explicit = checkpoint_to_resume(resume) if resume not in (None, "auto") else None
+    explicit = checkpoint_to_resume(resume, told.append) if resume not in (None, "auto") else None
     if explicit and (kind := kind_of(explicit)) not in {stage.kind for stage in stages}:
         raise UserError(f"--resume {resume}: this is a run of {kind} training; the config given trains {last.kind}")
 
@@ -189,19 +215,28 @@ def kept_sampling(job: Job, stage: Stage) -> list[str]:
             "The arguments of `python -m ldm txt2img` draw otherwise, and `--resume` of the run stores the new ones"]
 
 
+def other_batch(job: Job, stage: Stage, batch: int) -> list[str]:
+    """What there is to say where a run saw another number of images in each step than this command would show it."""
+    before = _read(job.run / "run.json").get("batch") if job.run else None
+    if before in (None, batch):
+        return []
+    return [f"{stage.label}: its global batch was {before}, this command's is {batch} (batch size x devices x accumulation): "
+            + ("the finished weights are used as they are" if job.action == "reuse" else "the run goes on at the next image")]
+
+
 def stage1_key(job: Job) -> str | None:
     """Of the autoencoder (`Stage.autoencoder_key`) that the run of this job was begun with."""
     return None if job.run is None else _read(job.run / "run.json").get("autoencoder")
 
 
-def checkpoint_to_resume(resume: str) -> Path:
-    """The checkpoint file that `--resume RUN_OR_CKPT` means."""
+def checkpoint_to_resume(resume: str, tell: Callable[[str], None] = lambda text: None) -> Path:
+    """The checkpoint file that `--resume RUN_OR_CKPT` means; what is damaged, and therefore not meant, is told."""
     path = Path(resume)
     if path.is_file():
         if not _whole(path):
             raise UserError(f"--resume {resume}: not a whole checkpoint; for the newest whole one give its run folder")
         return path
-    found = newest(path) if path.is_dir() else None
+    found = newest(path, tell) if path.is_dir() else None
     if found is None:
         raise UserError(f"--resume {resume}: expected a run folder that holds checkpoints/last.ckpt, a .ckpt file, or auto")
     return found
@@ -213,17 +248,18 @@ def kind_of(checkpoint: Path) -> Kind:
     return "diffusion" if found == "lora" else found
 
 
-def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int) -> Path:
-    """Makes (or goes on with) the run folder of a job and writes the config there. UserError, and no folder, where the disk
-    does not hold the checkpoints (`need` bytes), or the checkpoint to go on from is not of this module."""
-    free = free_bytes(logdir)
-    if need > free:
+def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, postfix: str | None, need: int, batch: int
+               ) -> Path:
+    """Makes (or goes on with) the run folder of a job and writes the config and the global batch there. UserError, and no
+    folder, where the disk does not hold the checkpoints (`need` bytes), or the one to go on from is not of this module."""
+    free = free_bytes(logdir) + sum(path.stat().st_size for path in (job.run or Path("-")).glob("checkpoints/step-*.ckpt"))
+    if need > free:  # those that are there already make place
         raise UserError(f"{logdir}: no space for the checkpoints: {need / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB "
                         "free; lower checkpoint.keep, or choose another place with --logdir")
     if job.checkpoint is not None:
         saved = torch.load(job.checkpoint, map_location="cpu", mmap=True, weights_only=True)
         kept = getattr(module, "kept", lambda state: state)
-        if problems := compare(kept(module.state_dict()), saved["state_dict"]):
+        if problems := compare(unwrapped(kept(module.state_dict())), saved["state_dict"]):
             raise UserError(f"--resume: {job.checkpoint} is not of the model in this config: {problems}")
         base = (saved.get("ldm") or {}).get("base", {}).get("hash")
         if base is not None and base != stage.init_key:
@@ -236,7 +272,7 @@ def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, po
         _write_config(folder / STAGE1, stage.before.config)
         config = {**config, "autoencoder": {"config": STAGE1}}
     _write_config(folder / "config.yaml", config)
-    _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key})
+    _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key, "batch": batch})
     return folder
 
 

@@ -210,6 +210,9 @@ def _check(config: dict) -> list[str]:
     mistakes += [f"trainer.{key}: not used here; instead: {instead[key]}" for key in trainer if key in instead]
     if any(kind in str(trainer.get("strategy")) for kind in ("spawn", "fork", "notebook")):
         mistakes.append(f"trainer.strategy: processes are started by this program, got {trainer['strategy']!r}; take ddp")
+    if trainer.get("precision") in ("bf16-true", "16-true"):
+        mistakes.append(f"trainer.precision: {trainer['precision']}: weights and averages of so few digits lose small changes; "
+                        f"take {trainer['precision'].replace('true', 'mixed')}")
     if "/" in str(config.get("name", "")):
         mistakes.append(f"name: expected a name for a folder, got {config['name']!r} with a slash in it")
     if not trainer.get("max_time") and (not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1):

@@ -3,7 +3,8 @@
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,25 @@ from torch import Tensor
 
 from ldm.callbacks.clock import Clock
 from ldm.common.files import UserError, atomic_write, free_bytes
+from ldm.common.weights import unwrapped
 
 log = logging.getLogger(__name__)
 
 
 class AtomicIO(TorchCheckpointIO):
     """How Lightning writes and reads: beside the target, flushed, then renamed; tensors and plain types only, so that
-    torch.load(weights_only=True) reads it. A save that fails for want of space is a warning, an error if not `forgiving`."""
+    torch.load(weights_only=True) reads it. A save that the disk does not take is a warning, an error if not `forgiving`."""
 
     forgiving = True
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        try:
+        with self.forgiven():
             self._save(plain(checkpoint), Path(path))
+
+    @contextmanager
+    def forgiven(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if not self.forgiving:
                 raise UserError(f"the finished model cannot be saved: {error}; make space, then --resume auto") from error
@@ -94,7 +101,7 @@ class Checkpoints(Checkpoint):  # Lightning calls this kind after all other call
         return self.folder / "last.ckpt"
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
-        checkpoint["ldm"] = self.describe(module)
+        checkpoint["ldm"], checkpoint["state_dict"] = self.describe(module), unwrapped(checkpoint["state_dict"])
 
     def on_train_start(self, trainer, module) -> None:
         self._step = trainer.global_step
@@ -116,14 +123,16 @@ class Checkpoints(Checkpoint):  # Lightning calls this kind after all other call
             path = self.folder / f"step-{trainer.global_step:06d}.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero and path.exists():
-                link(path, self.last)
-                for old in sorted(self.folder.glob("step-*.ckpt"), key=step_of)[: -self.keep]:
-                    old.unlink()
+                with self.io.forgiven():
+                    link(path, self.last)
+                    for old in sorted(self.folder.glob("step-*.ckpt"), key=saved_at)[: -self.keep]:
+                        old.unlink()
+            trainer.strategy.barrier()  # a rank that has gone on may be the first to leave, and end the others
 
 
-def step_of(path: Path) -> int:
-    digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
+def saved_at(path: Path) -> int:
+    """Not its step: a run may have gone on from an older checkpoint than the newest."""
+    return path.stat().st_mtime_ns
 
 
 def link(path: Path, name: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ldm.common.files import UserError
 
+COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 SLACK = 2**26  # bytes
 NAMED = 3  # keys of a kind that a message names
 
@@ -95,6 +97,17 @@ def compare(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
         told.append(f"{part} {len(fits & set(names))}/{len(names)}" + f" ({'; '.join(details)})" * bool(details))
     extra = [key for key in given if key not in expected]
     return ", ".join(told + [f"{len(extra)} that it has no place for ({_some(extra)})"] * bool(extra))
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what torch.compile puts in front of the names of a module that it wraps."""
+    return {COMPILED.sub("", key): value for key, value in weights.items()}
+
+
+def wrapped(weights: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights under the names that ``module`` has for them, some of whose parts may be compiled."""
+    names = {COMPILED.sub("", name): name for name in module.state_dict()}
+    return {names.get(key, key): value for key, value in unwrapped(weights).items()}
 
 
 def content(tensor: Tensor) -> str:

@@ -1,9 +1,10 @@
 """Batches in an order which is a pure function of the seed and of how many samples were seen.
 
 Every sample that training ever sees has a global position p = 0, 1, 2 ...; it belongs to epoch p // n and is
-number p % n of that epoch's permutation. Batch k of rank r holds the positions (k * world + r) * B + i, i < B.
-So nothing about the order has to be saved: a resumed run continues in mid-epoch with exactly the samples that
-the uninterrupted run would have seen, whatever the number of workers.
+number p % n of that epoch's permutation. Batch k of rank r holds the positions s + (k * world + r) * B + i, i < B,
+where s samples were seen before. So nothing about the order has to be saved: a resumed run continues in mid-epoch with
+exactly the samples that the uninterrupted run would have seen, whatever the number of workers, and with the next ones on
+another number of processes too.
 """
 
 import random
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldm.common.files import UserError
 from ldm.common.random import generator, key_to_seed
+from ldm.common.team import place
 
 
 def make_loader(
@@ -71,8 +73,7 @@ class Order(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         rank, world = place()
         permutation = lru_cache(maxsize=1)(self.permutation)
-        for k in count(self.start() // (world * self.batch_size)):
-            first = (k * world + rank) * self.batch_size
+        for first in count(self.start() + rank * self.batch_size, world * self.batch_size):
             last = first + self.batch_size if self.infinite else min(first + self.batch_size, self.n)
             if first >= last:
                 return
@@ -82,9 +83,7 @@ class Order(Sampler[list[tuple[int, int]]]):
         if self.infinite:
             raise TypeError("an infinite order has no length")
         rank, world = place()
-        batches = -(-self.n // self.batch_size)
-        done = self.start() // (world * self.batch_size)
-        return max(0, len(range(rank, batches, world)) - done)
+        return len(range(self.start() + rank * self.batch_size, self.n, world * self.batch_size))
 
 
 class Placed(Dataset[dict]):
@@ -122,10 +121,3 @@ class Placed(Dataset[dict]):
         np.random.seed(seed)
         random.seed(seed)
         return {**self.dataset[index], "position": position}
-
-
-def place() -> tuple[int, int]:
-    """Rank and world size: of torch.distributed where it runs, else (0, 1)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

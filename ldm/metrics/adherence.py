@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from ldm.common.team import collected
 from ldm.data.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -258,7 +259,7 @@ def score(reading: Reading, said: Description) -> dict[str, bool]:
 
 
 def evaluate(
-    generate: Callable[[list[str]], Sequence[np.ndarray] | Tensor],
+    generate: Callable[[list[str]], Sequence[np.ndarray] | Tensor | None],
     *,
     n: int = 256,
     n_held_out: int = 128,
@@ -268,7 +269,7 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Adherence of a generator: for each group of captions their number and the share with each attribute right.
 
-    generate: up to `batch` captions -> as many pictures that `read` takes. Half of the n captions have one object, half
+    generate: up to `batch` captions -> as many pictures that `read` takes; None where another process draws them. Half of the n captions have one object, half
     two; they differ from each other, are in no training split and not in `exclude_captions`. The n_held_out captions
     have one object of a colour and shape never seen together in training.
     """
@@ -284,7 +285,8 @@ def evaluate(
         for start in range(0, len(said), batch):
             some = said[start : start + batch]
             images = generate([str(one) for one in some])
-            rows += [score(read(image), one) for image, one in zip(images, some, strict=True)]
+            rows += [score(read(image), one) for image, one in zip(images, some, strict=True)] if images is not None else []
+        rows = collected(rows)
         if rows:
             shares = {attribute: sum(row[attribute] for row in rows) / len(rows) for attribute in ATTRIBUTES}
             table[name] = {"captions": len(rows)} | shares

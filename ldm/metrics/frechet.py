@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.common.files import UserError
+from ldm.common.team import everybodys
 
 
 class Gaussian:
@@ -29,12 +30,23 @@ class Gaussian:
         if not samples.isfinite().all():
             raise UserError("features are inf or nan; is the reconstruction?")
         samples = samples.detach().cpu().double()
-        count, mean = len(samples), samples.mean(dim=0)
+        mean = samples.mean(dim=0)
         centred = samples - mean
+        self._join(len(samples), mean, centred.T @ centred)
+
+    def joined(self) -> Gaussian:
+        """That of the samples of all processes together. All have to call."""
+        whole = Gaussian()
+        for part in everybodys(self):
+            if part.count:
+                whole._join(part.count, part.mean, part._scatter)
+        return whole
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.count:
-            self.mean, self._scatter = torch.zeros_like(mean), torch.zeros(len(mean), len(mean), dtype=torch.float64)
+            self.mean, self._scatter = torch.zeros_like(mean), torch.zeros_like(scatter)
         total, step = self.count + count, mean - self.mean
-        self._scatter = self._scatter + centred.T @ centred + self.count * count / total * torch.outer(step, step)
+        self._scatter = self._scatter + scatter + self.count * count / total * torch.outer(step, step)
         self.mean, self.count = self.mean + count / total * step, total
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from autoencoder.base import Autoencoder, Identity
 from ldm.common.random import generator
+from ldm.common.team import collected, everybodys, place
 from ldm.cond import Cond
 from ldm.conditioners.base import encoded
 from ldm.denoiser import Denoiser, bind
@@ -73,7 +75,7 @@ class Settings:
 
 @dataclass
 class Tally:
-    """Of the batches so far: nats a picture under names, whole bounds, and errors (B,N) of pictures predicted on the way."""
+    """Of batches: nats a picture under names, whole bounds, and errors (B,N) of pictures predicted on the way."""
 
     nats: dict[str, list[Tensor]] = field(default_factory=dict)
     bounds: list[Bound] = field(default_factory=list)
@@ -87,19 +89,29 @@ class Tally:
     def of(self, name: str) -> Tensor:  # (pictures,)
         return torch.cat(self.nats[name])
 
+    def __iadd__(self, other: Tally) -> Tally:
+        for name, values in other.nats.items():
+            self.nats.setdefault(name, []).extend(values)
+        self.bounds += other.bounds
+        self.errors += other.errors
+        self.evaluations += other.evaluations
+        return self
+
 
 def evaluate(autoencoder: Autoencoder, conditioner: nn.Module | None, denoiser: Denoiser,
              batches: Callable[[], Iterable[dict]], settings: Settings,
              progress: Callable[[float], None] = lambda pictures: None) -> dict:
     """The table. ``batches()`` gives dicts with "image" (B,C,H,W) in [-1,1] and what the conditioner takes, the same ones at
-    every call; ``progress`` is told how many more pictures are done, in parts. Everything in fp32, in eval mode."""
-    pixels, tally = isinstance(autoencoder, Identity), Tally()
+    every call, of several processes to each a part, numbered by "position"; rank 0 then has the table. ``progress`` is told how
+    many more pictures are done, in parts. Everything in fp32, in eval mode."""
+    pixels, parts, tally = isinstance(autoencoder, Identity), [], Tally()
     if not pixels:
-        if settings.latent_std is None and autoencoder.posterior(next(iter(batches()))["image"][:1])[1] is None:
+        first = next(iter(batches()), None)
+        if settings.latent_std is None and first and autoencoder.posterior(first["image"][:1])[1] is None:
             settings = replace(settings, latent_std=QUIET)
         std = settings.decoder_std or likeliest_std(autoencoder, batches, settings)
     for batch, positions in numbered(batches()):
-        x, denoise = batch["image"], under(conditioner, denoiser, batch, settings.captions, autoencoder)
+        x, denoise, part = batch["image"], under(conditioner, denoiser, batch, settings.captions, autoencoder), Tally()
         if pixels:
             if settings.clip:
                 denoise = clamped(denoise, *(autoencoder.normalise(torch.full_like(x[:1], side)) for side in (-1, 1)))
@@ -109,9 +121,15 @@ def evaluate(autoencoder: Autoencoder, conditioner: nn.Module | None, denoiser: 
         else:
             z, entropy = latents(autoencoder, x, positions, settings)
             smooth, decoder = z, normal_log_density
-            tally.add(entropy=entropy, misfit=decoder_nats(autoencoder, x, z, DECODERS[settings.decoder], std))
-        look(tally, settings, denoise, denoiser, autoencoder, x, z, smooth, decoder, positions, progress)
-    about = {"pictures": positions[-1] + 1, "picture": list(x.shape[1:]),
+            part.add(entropy=entropy, misfit=decoder_nats(autoencoder, x, z, DECODERS[settings.decoder], std))
+        look(part, settings, denoise, denoiser, autoencoder, x, z, smooth, decoder, positions, progress)
+        parts.append((positions[0], part))
+    for _, part in collected(parts, key=itemgetter(0)):
+        tally += part
+    if place()[0] > 0:
+        return {}
+    pictures = len(tally.of(next(iter(tally.nats))))
+    about = {"pictures": pictures, "picture": list(x.shape[1:]),
              "condition": "each picture's own" if settings.captions and conditioner is not None else "none"}
     dims = x[0].numel()
     if pixels:
@@ -229,11 +247,12 @@ def curves(tally: Tally, denoiser: Denoiser, settings: Settings, dims: int) -> d
 
 
 def numbered(batches: Iterable[dict]) -> Iterable[tuple[dict, list[int]]]:
-    """Batches and the numbers of their pictures."""
+    """Batches and the numbers of their pictures: their "position", or else as they come."""
     seen = 0
     for batch in batches:
-        yield batch, list(range(seen, seen + len(batch["image"])))
-        seen += len(batch["image"])
+        n = len(batch["image"])
+        yield batch, batch["position"].tolist() if "position" in batch else list(range(seen, seen + n))
+        seen += n
 
 
 def draws(seed: int, use: str, positions: list[int]) -> Noise:
@@ -276,4 +295,5 @@ def likeliest_std(autoencoder: Autoencoder, batches: Callable[[], Iterable[dict]
         wrong = (batch["image"] - autoencoder.decode(latents(autoencoder, batch["image"], positions, settings)[0])).double()
         total += float(wrong.abs().sum() if settings.decoder == "laplace" else wrong.square().sum())
         count += wrong.numel()
+    total, count = map(sum, zip(*everybodys((total, count)), strict=True))
     return max(1e-3, 2**0.5 * total / count if settings.decoder == "laplace" else (total / count) ** 0.5)

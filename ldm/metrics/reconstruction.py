@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.base import Autoencoder
+from ldm.common.team import collected, place
 from ldm.metrics.features import Extractor, label
 from ldm.metrics.frechet import Gaussian, distance
 from ldm.metrics.pictures import mse, psnr, ssim
@@ -31,6 +33,7 @@ class Tally(Protocol):
     def codes(self, codes: Tensor, size: int) -> None: ...
     def moments(self) -> tuple[Tensor, Tensor, Tensor]: ...
     def summary(self) -> dict[str, float]: ...
+    def gathered(self) -> Tally: ...
 
 
 @dataclass
@@ -82,14 +85,15 @@ def compare(x: Tensor, y: Tensor, lpips: Callable | None = None) -> dict[str, Te
 @torch.no_grad()
 def measure(autoencoder: Autoencoder, batches: Iterable[dict], tally: Tally, extractor: Extractor | None = None,
             lpips: Callable | None = None) -> Report:
-    """Everything there is to measure on batches {"image": (B,C,H,W) in [-1,1], "caption" or "key": names}.
+    """Everything there is to measure on batches {"image": (B,C,H,W) in [-1,1], "caption" or "key": names, "position": (B,)
+    numbers of the pictures}. Several processes each have some of the batches; rank 0 has the figures of all.
 
     tally: an empty one. extractor, lpips: what Fréchet distance and LPIPS are taken with; None: they are left out.
     Raises UserError where there are less than two pictures, or the extractor gives no features.
     """
     device, watch = autoencoder.shift.device, Stopwatch(autoencoder.shift.device)
-    scores: dict[str, list[Tensor]] = {}
-    real, made, nats, sizes, report = Gaussian(), Gaussian(), [], [], Report({})
+    real, made, sizes, report, shapes = Gaussian(), Gaussian(), [], Report({}), None
+    rows: list[tuple[int, dict[str, Tensor]]] = []  # of each batch: number of its first picture, figures (B,)
     codebook = codebook_of(autoencoder)
     for batch in batches:
         x = batch["image"].to(device)
@@ -100,28 +104,37 @@ def measure(autoencoder: Autoencoder, batches: Iterable[dict], tally: Tally, ext
         y, mean = y.clamp(-1, 1), autoencoder.denormalise(z)
         logvar = None if std is None else 2 * (std * autoencoder.scale.view(-1, 1, 1)).log()
         tally.latents(mean, logvar)
-        if logvar is not None:
-            nats.append(kl(mean.cpu(), logvar.cpu()))
         if codebook is not None:
             tally.codes(codebook.indices(mean).cpu(), codebook.codes)
         if extractor is not None:
             real.add(extractor(x))
             made.add(extractor(y))
-        found = compare(x, y, lpips)
+        found = compare(x, y, lpips) | ({} if logvar is None else {"nats": kl(mean.cpu(), logvar.cpu())})
+        number = int(batch["position"][0]) if "position" in batch else sum(sizes)
+        rows.append((number, found))
+        remember(report, number, batch, y, found["psnr"])
+        sizes.append(len(x))
+        shapes = list(x.shape[1:]), list(mean.shape[1:])
+    scores: dict[str, list[Tensor]] = {}
+    for _, found in collected(rows, key=itemgetter(0)):
         for name, values in found.items():
             scores.setdefault(name, []).append(values)
-        remember(report, sum(sizes), batch, y, found["psnr"])
-        sizes.append(len(x))
-    if not sizes:
+    if not scores:
         raise ValueError("there is no picture to measure with")
+    tally, real, made = tally.gathered(), real.joined(), made.joined()
+    report.first = collected(report.first, key=attrgetter("number"))[:SHOWN]
+    report.worst = collected(report.worst, key=attrgetter("psnr"))[:SHOWN]
+    if place()[0] > 0:
+        return report
+    (picture, latent), nats = shapes, scores.pop("nats", [])
     means = {name: torch.cat(values).double().mean().item() for name, values in scores.items()}
     report.table |= {
-        "pictures": sum(sizes), "picture": list(x.shape[1:]),
+        "pictures": sum(map(len, scores["psnr"])), "picture": picture,
         "psnr": means["psnr"], "psnr_of_mean_error": psnr(torch.tensor(means["mse"])).item(),
         "ssim": means.get("ssim"), "lpips": means.get("lpips"),
         **({label(extractor): distance(real, made)} if extractor is not None else {}),
-        "latents": latents(autoencoder, tally, list(mean.shape[1:])),
-        "rate": rate(nats, codebook, tally, x[0, 0].numel(), mean[0, 0].numel()),
+        "latents": latents(autoencoder, tally, latent),
+        "rate": rate(nats, codebook, tally, math.prod(picture[1:]), math.prod(latent[1:])),
         "throughput": throughput(watch.laps, sizes, device),
     }  # fmt: skip
     return report

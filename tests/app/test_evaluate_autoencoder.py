@@ -12,7 +12,7 @@ from PIL import Image
 from autoencoder.base import Identity
 from ldm.__main__ import main
 from ldm.app import png
-from ldm.app.judging import first
+from ldm.app.judging import below
 from ldm.bundle import Bundle
 
 MODULE = {"target": "autoencoder.lit.AutoencoderModule"}
@@ -155,8 +155,8 @@ def test_mistakes(vq, tmp_path, capsys):
     assert "may not name os.getcwd" in fails(capsys, "autoencoder", "--ckpt", foreign)
 
 
-def test_first():
-    batches = [{"image": torch.arange(3), "key": list("abc")}, {"image": torch.arange(3, 6), "key": list("def")}]
-    assert [batch["key"] for batch in first(batches, 4)] == [["a", "b", "c"], ["d"]]
-    assert [len(batch["image"]) for batch in first(batches, 3)] == [3]
-    assert [len(batch["image"]) for batch in first(batches, 99)] == [3, 3]
+def test_batches_below_a_number():
+    batches = [{"image": torch.arange(3), "key": list("abc"), "position": torch.arange(k, k + 3)} for k in (0, 6)]
+    assert [batch["key"] for batch in below(batches, 7)] == [["a", "b", "c"], ["a"]]
+    assert [len(batch["image"]) for batch in below(batches, 6)] == [3]
+    assert [len(batch["image"]) for batch in below(batches, 99)] == [3, 3]

@@ -129,25 +129,60 @@ def test_resume_from_what_is_no_run(planned, tmp_path, monkeypatch, given):
         jobs(planned, tmp_path, given)
 
 
-def test_half_a_checkpoint_is_passed_over(tmp_path):
+def saved(folder, name, step):
+    checkpoint(folder / "checkpoints" / name)
+    torch.save({"global_step": step, "state_dict": {"w": torch.arange(1000.0)}}, folder / "checkpoints" / name)
+    return folder / "checkpoints" / name
+
+
+def spoil(path):
+    """One bit of a weight."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [spoil, lambda path: path.write_bytes(path.read_bytes()[:-100]), lambda path: path.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path, damage):
     for step in (999998, 1000002):
-        checkpoint(tmp_path / "checkpoints" / f"step-{step:06d}.ckpt")
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    checkpoint(last)
-    assert newest(tmp_path) == last
-    last.write_bytes(last.read_bytes()[:-100])
-    assert newest(tmp_path).name == "step-1000002.ckpt"
+        saved(tmp_path, f"step-{step:06d}.ckpt", step)
+    last, told = saved(tmp_path, "last.ckpt", 1000004), []
+    assert newest(tmp_path, told.append) == last and not told
+    damage(last)
+    assert newest(tmp_path, told.append).name == "step-1000002.ckpt" and told == [f"{last}: damaged, passed over"]
     with pytest.raises(UserError, match="not a whole checkpoint"):
         runs.checkpoint_to_resume(str(last))
+    for path in last.parent.glob("step-*.ckpt"):
+        damage(path)
+    assert newest(tmp_path) is None
+
+
+def test_the_newest_is_what_was_saved_last(tmp_path):
+    steps = [saved(tmp_path, f"step-{step:06d}.ckpt", step) for step in (10, 20, 30)]
+    last = saved(tmp_path, "last.ckpt", 20)  # the run went on from step 10 and has not come to 30 yet
+    for i, path in enumerate((*steps, last)):
+        os.utime(path, (i, i))
+    assert newest(tmp_path) == last
+    os.utime(steps[2], (9, 9))  # the run was killed between the save and last.ckpt
+    assert newest(tmp_path) == steps[2]
 
 
 def test_no_folder_without_space(planned, tmp_path):
     job = runs.Job("train", 1)
     with pytest.raises(UserError, match="no space for the checkpoints"):
-        run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", None, 2**62)
+        run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", None, 2**62, 4)
     assert not (tmp_path / "logs").exists()
-    folder = run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", "p", 10)
+    folder = run_folder(job, planned[0], torch.nn.Linear(1, 1), tmp_path / "logs", "p", 10, 4)
     assert folder.name.startswith("tiny_ae-") and yaml.safe_load((folder / "config.yaml").read_text()) == planned[0].config
+
+
+def test_another_global_batch_is_told(planned, tmp_path):
+    folder = make_run(tmp_path, planned[0])
+    job = runs.Job("resume", 1, folder / "checkpoints/last.ckpt")
+    assert runs.other_batch(job, planned[0], 8) == []  # not known
+    run_folder(job, planned[0], torch.nn.Module(), tmp_path, None, 0, 4)
+    assert runs.other_batch(job, planned[0], 4) == [] == runs.other_batch(runs.Job("train", 1), planned[0], 8)
+    assert "its global batch was 4, this command's is 8" in runs.other_batch(job, planned[0], 8)[0]
 
 
 def test_a_checkpoint_of_another_model_is_refused(planned, tmp_path):
@@ -156,7 +191,7 @@ def test_a_checkpoint_of_another_model_is_refused(planned, tmp_path):
     checkpoint(folder / "checkpoints/last.ckpt", weight=torch.ones(3, 2), bias=torch.ones(4))
     job = runs.Job("resume", 1, folder / "checkpoints/last.ckpt")
     with pytest.raises(UserError, match="is not of the model in this config: .*bias"):
-        run_folder(job, planned[0], module, tmp_path, None, 0)
+        run_folder(job, planned[0], module, tmp_path, None, 0, 4)
     checkpoint(folder / "checkpoints/last.ckpt", weight=torch.ones(3, 2), bias=torch.ones(3))
-    assert run_folder(job, planned[0], module, tmp_path, None, 0) == folder
+    assert run_folder(job, planned[0], module, tmp_path, None, 0, 4) == folder
     assert not (folder / "DONE").exists()

@@ -187,6 +187,6 @@ def test_ranks_share_the_work(tmp_path, monkeypatch):
     keys = [f"{k:x}" for k in range(10)]
     shares = []
     for rank in (0, 1, 2):
-        monkeypatch.setattr(cached, "_rank_and_world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr(cached, "place", lambda rank=rank: (rank, 3))
         shares.append(set(cached.Table(tmp_path, keys).missing()))
     assert set.union(*shares) == set(keys) and sum(map(len, shares)) == 10

@@ -112,7 +112,19 @@ def test_a_batch_with_inf_is_skipped_and_named(caplog):
     with caplog.at_level(logging.WARNING):
         trainer = fit(model, 4, Squares(broken={int(third["key"][5])}))
     assert model.skipped == 1 and trainer.global_step == 4 and model.batches_seen == 5
-    assert "batch 3: pixel" in caplog.text
+    told = next(message for message in caplog.messages if "step skipped" in message)
+    assert told.startswith("batch 3: pixel") and f"because of {third['key'][5]} (encoder." in told and "was given inf" in told
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_gradient_with_nan_is_skipped_with_the_samples_of_the_step(caplog):
+    model, loader = module(accumulate=2), make_loader(Squares(), 4, seed=1)
+    keys = [key for batch in islice(loader, 2) for key in batch["key"]]
+    hook = model.autoencoder.last_layer.register_hook(lambda grad: grad * float("nan"))
+    model.on_train_batch_end = lambda *_: model.skipped and hook.remove()
+    trainer = fit(model, 2, batch_size=4)
+    assert model.skipped == 1 and trainer.global_step == 2 and model.batches_seen == 6
+    assert f"batch 2: gradient_norm not finite, somewhere in {', '.join(keys[:5])} and 3 more: step skipped" in caplog.text
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 

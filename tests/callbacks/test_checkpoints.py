@@ -1,10 +1,13 @@
 import errno
+import os
+import resource
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning import Callback
 from tiny_training import Tiny, fit
 
 from ldm.callbacks import checkpoints
@@ -69,6 +72,64 @@ def test_a_save_that_fails_leaves_the_old_file_and_the_training_alone(tmp_path, 
     assert "not saved, training goes on" in caplog.text
     with pytest.raises(UserError, match="the finished model cannot be saved"):
         save.save_final(trainer)
+
+
+def test_a_limit_of_file_sizes_ends_no_training(tmp_path, caplog):
+    save, trained = saver(tmp_path), Tiny()
+
+    class Limit(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))  # half a checkpoint
+
+    try:
+        trainer, _ = fit([Limit(), save], 6, trained, plugins=[save.io])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert trainer.global_step == 6 and "not saved, training goes on: [Errno 27] no space to write" in caplog.text
+    assert torch.load(save.last, weights_only=True)["global_step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-000002.ckpt"]
+
+
+@pytest.mark.parametrize("call", ["replace", "link", "unlink"])
+def test_a_folder_that_takes_no_changes_ends_no_training(tmp_path, monkeypatch, caplog, call):
+    save = saver(tmp_path, every=1, keep=1)
+
+    def refused(*arguments, **options):
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    fit([save], steps=1, plugins=[save.io])
+    monkeypatch.setattr(checkpoints.shutil, "copyfile", refused)
+    monkeypatch.setattr(*((Path, "unlink") if call == "unlink" else (os, call)), refused)
+    trainer, _ = fit([save], steps=3, plugins=[save.io])
+    assert trainer.global_step == 3 and "not saved, training goes on" in caplog.text
+    monkeypatch.undo()
+    assert torch.load(save.last, weights_only=True)["global_step"] >= 1
+
+
+def test_the_older_stay_until_the_newer_is_there(tmp_path, monkeypatch):
+    save, seen = saver(tmp_path, every=1, keep=1), []
+    real = os.replace
+
+    def replace(a, b):
+        seen.append(len(list(tmp_path.glob("step-*.ckpt"))))
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    fit([save], steps=3, plugins=[save.io])
+    assert seen == [0, 1, 1, 2, 1, 2] and len(list(tmp_path.glob("step-*.ckpt"))) == 1
+
+
+def test_what_is_compiled_is_saved_under_its_own_names(tmp_path):
+    """And so is what DDP wraps, see two_ranks.py."""
+    plain_one, compiled = saver(tmp_path / "a"), saver(tmp_path / "b")
+    fit([plain_one], 2, plugins=[plain_one.io])
+    module = Tiny()
+    module.net[0] = torch.compile(module.net[0], backend="eager")
+    assert "net.0._orig_mod.weight" in module.state_dict()
+    fit([compiled], 2, module, plugins=[compiled.io])
+    keys = [list(torch.load(save.last, weights_only=True)["state_dict"]) for save in (plain_one, compiled)]
+    assert keys[0] == keys[1] == ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path, monkeypatch, caplog):

@@ -41,6 +41,20 @@ def test_accumulated_batches_are_one_step(tmp_path):
     assert [(row["step"], row["images_seen"]) for row in rows(tmp_path / "metrics.jsonl")] == [(2, 24), (4, 48)]
 
 
+def test_a_line_is_the_mean_of_the_batches_of_its_step(tmp_path):
+    class Numbered(Tiny):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            self.log("train/number", float(index))
+            if index % 3 == 0:
+                self.log("train/first", float(index))
+            return loss
+
+    run(tmp_path / "metrics.jsonl", 4, module=Numbered(), accumulate_grad_batches=3)
+    found = rows(tmp_path / "metrics.jsonl")
+    assert [row["train/number"] for row in found] == [4, 10] and [row["train/first"] for row in found] == [3, 9]
+
+
 def test_a_resumed_run_has_every_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "a": 1}\n{"step": 2}\n{"step": 0}\n{"st')  # it starts at step 0 again

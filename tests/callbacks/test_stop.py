@@ -20,7 +20,7 @@ class Send(Callback):
             self.step = -1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_training_ends_after_the_step_at_hand(number, accumulate):
     before = signal.getsignal(number)

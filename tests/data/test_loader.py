@@ -99,6 +99,16 @@ def test_ranks_resume_together(on_rank):
     assert take(3, Numbers(13), 4, seed=7, start=lambda: 16) == take(5, Numbers(13), 4, seed=7)[8:]
 
 
+def test_another_number_of_ranks_goes_on_where_the_first_stopped(on_rank):
+    whole = take(9, Numbers(13), 4, seed=7)
+    parts = []
+    for rank in range(3):
+        on_rank(rank, 3)
+        own = take(2, Numbers(13), 4, seed=7, start=lambda: 8)  # of two batches, in which there were no whole three
+        parts += [(p, i) for p, i in own]
+    assert sorted(parts) == whole[8:32]
+
+
 def test_rank_and_world_are_those_of_torch_distributed():
     assert loader.place() == (0, 1)
     torch.distributed.init_process_group("fake", rank=2, world_size=5, store=FakeStore())
