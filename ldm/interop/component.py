@@ -22,8 +22,10 @@ def read_json(file: Path) -> dict:
     """UserError where it is not the names and values of a config."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read, or is no JSON: {_one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {_one_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {_one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected the names and values of a config, got a {type(found).__name__}")
     return found

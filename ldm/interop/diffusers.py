@@ -7,10 +7,8 @@ resolution, attention has matrices where CompVis has 1x1 convolutions. Its laten
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,16 +30,6 @@ FIXED = {"act_fn": ("silu", "swish"), "norm_type": ("group",)}  # what there is 
 def holds(keys: Iterable[str]) -> bool:
     """Whether these names are those of an autoencoder of diffusers."""
     return any(re.match(r"(encoder\.down_blocks|decoder\.up_blocks)\.\d", key) for key in keys)
-
-
-def read_config(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON: {' '.join(str(error).split())[:150]}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected the names and values of a config, got a {type(found).__name__}")
-    return found
 
 
 def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> tuple[dict, dict[str, Tensor]]:
@@ -111,8 +99,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
         UserError: where it has no place for it.
     """
     config = config_of(bundle)
-    return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
-            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
+    return renamed(bundle, "diffusers"), config
 
 
 def config_of(bundle: Bundle) -> dict:

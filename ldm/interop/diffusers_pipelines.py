@@ -85,8 +85,9 @@ def planned(path: Path) -> tuple[dict, dict[str, Tensor], Bundle | None]:
     if isinstance(index.get("transformer"), (list, tuple)) and index["transformer"][1] in dit_diffusers.NAMES:
         return *_transformer(Folder(path, index, {}, diffusers_unet.Sizes(0, 0))), None
     if not isinstance(index.get("unet"), (list, tuple)):
-        raise UserError(f"{path}: a pipeline of diffusers without a unet ({index.get('_class_name')}); read are those with one, and "
-                        "DiT's")
+        alone = f"; its autoencoder alone is in {path / 'vae'}" * (path / "vae").is_dir()
+        raise UserError(f"{path}: a pipeline folder of diffusers without a unet ({index.get('_class_name')}); read are those with "
+                        f"one, and DiT's{alone}")
     unknown = [name for name, said in index.items() if isinstance(said, (list, tuple)) and said[0] and name not in SKIPPED]
     if unknown:
         raise UserError(f"{path / INDEX}: parts that are not known here: {', '.join(unknown)}{near(unknown[0], SKIPPED)}")
