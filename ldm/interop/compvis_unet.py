@@ -39,7 +39,7 @@ def block_of(unet: Said, attends: bool = False) -> dict:
         if name not in known:
             raise UserError(f"{unet.place}.{name}: {unet[name]!r:.60} has no counterpart here{near(name, known)}")
     unet.only(**REFUSED)
-    mult, where = unet.wholes("channel_mult", [1, 2, 4, 8], 0, (int, float)), unet.wholes("attention_resolutions")
+    mult, where = unet.numbers("channel_mult", [1, 2, 4, 8]), unet.wholes("attention_resolutions")
     levels, text = len(mult), unet.flag("use_spatial_transformer", attends or "context_dim" in unet)
     if not mult or not mult[0]:
         raise unet.refused("channel_mult", "a number above 0 for each level")
@@ -49,14 +49,14 @@ def block_of(unet: Said, attends: bool = False) -> dict:
         raise UserError(f"{unet.place}.context_dim: missing, and use_spatial_transformer needs it")
     if heads is channels is None and where:
         raise UserError(f"{unet.place}: neither num_heads nor num_head_channels is given")
-    blocks = unet.get("num_res_blocks")
+    every = isinstance(unet.get("num_res_blocks"), (list, tuple))
     params: dict[str, Any] = {
         "model_channels": unet.whole("model_channels"), "channel_mult": mult,
-        "num_res_blocks": unet.each("num_res_blocks", levels) if isinstance(blocks, (list, tuple)) else unet.whole("num_res_blocks"),
+        "num_res_blocks": unet.each("num_res_blocks", levels) if every else unet.whole("num_res_blocks"),
         "attention": "transformer" if text else "self", "groups": GROUPS, "head_channels": channels, "num_heads": heads or 1,
         "transformer_depth": [depths[level] if 2**level in where else 0 for level in range(levels)],
         "middle_depth": unet.whole("transformer_depth_middle", depths[-1]),
-        "dropout": unet.number("dropout", 0.0), "dims": unet.whole("dims", 2),
+        "dropout": unet.number("dropout", 0.0), "dims": unet.among("dims", (1, 2, 3), 2),
         "attention_blocks": unet.each("num_attention_blocks", levels) if "num_attention_blocks" in unet else None,
         **{SAME[name]: unet.flag(name, default) for name, default in DEFAULTS.items() if isinstance(default, bool)},
     }  # fmt: skip

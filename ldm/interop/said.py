@@ -54,14 +54,12 @@ class Said(Mapping[str, Any]):
             raise self.refused(name, f"a whole number from {least}")
         return value
 
-    def wholes(self, name: str, default: Any = NEEDED, least: int = 1, kinds: tuple[type, ...] = (int,)) -> list:
-        """``kinds``: (int, float) where they may be fractions too."""
-        value = self._value(name, default)
-        if value is default:
-            return value
-        if not isinstance(value, (list, tuple)) or not all(type(each) in kinds and each >= least for each in value):
-            raise self.refused(name, f"a list of {'whole ' * (float not in kinds)}numbers from {least}")
-        return list(value)
+    def wholes(self, name: str, default: Any = NEEDED, least: int = 1) -> list[int]:
+        return self._list(name, default, (int,), least, f"a list of whole numbers from {least}")
+
+    def numbers(self, name: str, default: Any = NEEDED) -> list[int | float]:
+        """From 0 on."""
+        return self._list(name, default, (int, float), 0, "a list of numbers from 0")
 
     def each(self, name: str, count: int, default: int = 1) -> list[int]:
         """A whole number for each of so many, or one for all."""
@@ -109,6 +107,12 @@ class Said(Mapping[str, Any]):
                             f"{', '.join(choices)}")
         return choices[value]
 
+    def among(self, name: str, choices: tuple, default: Any) -> Any:
+        """One of these values."""
+        if (value := self.get(name, default)) not in choices:
+            raise self.refused(name, f"one of {', '.join(map(repr, choices))}")
+        return value
+
     def only(self, **accepted: object) -> None:
         """UserError unless these have this value, or are unsaid: whatever else there is has no counterpart here."""
         for name, value in accepted.items():
@@ -117,6 +121,14 @@ class Said(Mapping[str, Any]):
 
     def refused(self, name: str, expected: str, hint: str = "") -> UserError:
         return UserError(f"{self.place}.{name}: expected {expected}, got {self.get(name)!r:.60}{hint}")
+
+    def _list(self, name: str, default: Any, kinds: tuple[type, ...], least: float, expected: str) -> list:
+        value = self._value(name, default)
+        if value is default:
+            return value
+        if not isinstance(value, (list, tuple)) or not all(type(each) in kinds and each >= least for each in value):
+            raise self.refused(name, expected)
+        return list(value)
 
     def _value(self, name: str, default: Any) -> Any:
         if default is NEEDED and name not in self:
