@@ -31,8 +31,8 @@ class ImageEmbedding(Conditioner):
         to: "vector", "tokens" made of the embedding, or "patches": the encoder's last hidden states as tokens.
         width: of the tokens, by a trained projection; None: as they are. count: tokens that one embedding becomes.
         noise: process of the noise augmentation of the vector, such as DDPM(cosine); None: none. The vector is then
-            [D numbers, D sinusoids of the level]: with mean and std of the embeddings,
-            mean + std (alpha (e - mean) / std + sigma eps).
+            [D numbers, sinusoids of the level]: with mean and std of the embeddings,
+            mean + std (alpha (e - mean) / std + sigma eps). level_width: of the sinusoids; None: D.
         max_noise_level: training draws levels below it. noise_level: where a batch does not say another.
         dropout: share of samples that training gives zeros, which are the null.
         key: of the pictures.
@@ -43,22 +43,25 @@ class ImageEmbedding(Conditioner):
     def __init__(self, encoder: str | None = None, embedding_width: int | None = None,
                  to: Literal["vector", "tokens", "patches"] = "vector", width: int | None = None, count: int = 1,
                  noise: Process | Block | None = None, max_noise_level: int | None = None, noise_level: int = 0,
-                 dropout: float = 0.0, key: str = "image"):
+                 level_width: int | None = None, dropout: float = 0.0, key: str = "image"):
         super().__init__()
         self.encoder = None if encoder is None else FrozenVision(encoder)
         if (encoder is None) == (embedding_width is None) or (to == "patches" and encoder is None):
             raise UserError(f"ImageEmbedding: encoder {encoder}, embedding_width {embedding_width}, to {to}: give an encoder, "
                             "or the width of embeddings that are given, which are no patches")
-        if (to == "vector" and (width or count != 1)) or (to != "vector" and noise) or (to == "patches" and count != 1):
-            raise UserError(f"ImageEmbedding: to {to!r} does not go with width {width}, count {count}, noise {noise}; width is "
-                            "of tokens, count of tokens of one embedding, noise of a vector")
+        if ((to == "vector" and (width or count != 1)) or (to != "vector" and noise) or (to == "patches" and count != 1)
+                or (level_width and noise is None)):  # fmt: skip
+            raise UserError(f"ImageEmbedding: to {to!r} does not go with width {width}, count {count}, noise {noise}, level_width "
+                            f"{level_width}; width is of tokens, count of tokens of one embedding, noise of a vector, level_width "
+                            "of noise")
         self.embedding_width = embedding_width or self.encoder.facts.width
         self.to_what, self.count, self.key, self.dropout = to, count, key, check_dropout(dropout)
         self.noise = None if noise is None else Augmentation(noise, max_noise_level, noise_level)
         self.wants = self._wants(to, encoder is not None)
         self.project = nn.Identity()
         if to == "vector":
-            self.vector_width = self.embedding_width * (1 if noise is None else 2)
+            self.level_width = 0 if noise is None else level_width or self.embedding_width
+            self.vector_width = self.embedding_width + self.level_width
         else:
             given = self.encoder.facts.hidden if to == "patches" else self.embedding_width
             self.width = width or given
@@ -101,7 +104,7 @@ class ImageEmbedding(Conditioner):
         if self.noise is None:
             return Cond(vector=e)
         noisy, level = self.noise((e - self.mean) / self.std, batch, "image_embedding/noise")
-        return Cond(vector=torch.cat([self.mean + self.std * noisy, timestep_embedding(level, self.embedding_width)], dim=1))
+        return Cond(vector=torch.cat([self.mean + self.std * noisy, timestep_embedding(level, self.level_width)], dim=1))
 
     def null(self, n: int) -> Cond:
         if self.to_what == "vector":

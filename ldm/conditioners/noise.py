@@ -22,24 +22,25 @@ class Augmentation:
 
     Args:
         process: or its block.
-        stop: training draws levels from 0 to ``stop`` - 1; None: all of the process.
+        stop: training draws levels from 0 to ``stop`` - 1; None: all.
         level: where the batch has no "noise_level", which is (B,) int.
+        levels: how many the network knows; None: all of the process.
 
     The noise of a sample follows from its "position" in the batch (its place, where there is none), so that it is the same
     whatever the batch size.
     """
 
-    def __init__(self, process: Process | Block, stop: int | None = None, level: int = 0):
+    def __init__(self, process: Process | Block, stop: int | None = None, level: int = 0, levels: int | None = None):
         if is_block(process):
             with torch.device("cpu"):  # its tables are numbers even where a model is planned without any
                 process = build(process)
         if not isinstance(process, Discrete):
             raise UserError(f"noise: expected a discrete process such as ldm.process.DDPM, got {type(process).__name__}")
-        self.process, self.levels = process, len(process.alpha_bar)
+        steps = len(process.alpha_bar)
+        self.process, self.levels = process, min(levels or steps, steps)
         self.stop, self.level = self.levels if stop is None else stop, level
         if not (0 < self.stop <= self.levels and 0 <= level < self.levels):
-            raise UserError(f"noise: max_noise_level {self.stop}, noise_level {level}; the process has levels 0 to "
-                            f"{self.levels - 1}")
+            raise UserError(f"noise: max_noise_level {self.stop}, noise_level {level}; there are levels 0 to {self.levels - 1}")
         self.wants = Want("noise_level", "class", f"a level of noise, 0 to {self.levels - 1} ({level})", needed=False)
 
     def drawn(self, batch: Mapping[str, Any], draw: Draw) -> Mapping[str, Any]:

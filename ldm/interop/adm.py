@@ -20,6 +20,7 @@ from ldm.common.build import build, locate
 from ldm.common.files import UserError
 from ldm.interop import adm_words, compvis_unet, names, unet_names
 from ldm.interop.rows import SAME, Row, back, check, existing, inside, pair, squeezed, to_us
+from ldm.interop.said import Said
 
 ORDERS: tuple[unet_names.Order, ...] = ("heads first", "q k v first")  # by use_new_attention_order
 LABEL, LOW, JOIN = (f"ldm.conditioners.{name}" for name in ("label.ClassLabel", "low_resolution.LowResolution", "join.Join"))
@@ -112,7 +113,7 @@ def config_of(words: Mapping[str, Any], origin: str) -> dict:
 def network_of(words: Mapping[str, Any], origin: str) -> dict:
     """The block of a UNet, or of a classifier, whose words are almost the same."""
     ours = ("cls", "pool", *adm_words.DIFFUSION)
-    block = compvis_unet.block_of({name: value for name, value in words.items() if name not in ours}, origin)
+    block = compvis_unet.block_of(Said({name: value for name, value in words.items() if name not in ours}, origin))
     if words["cls"] != adm_words.CLASSIFIER:
         return block
     known = inspect.signature(locate(CLASSIFIER)).parameters

@@ -16,9 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from ldm.bundle import Bundle
-from ldm.common.files import UserError, nearest
+from ldm.common.build import near
+from ldm.common.files import UserError
 from ldm.interop import names
 from ldm.interop.foreign import about, refuse_others, renamed, settings_for, translated
+from ldm.interop.said import Said
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,6 @@ ATTENTION = {"vanilla": "softmax", "vanilla-xformers": "softmax", "memory-effici
              "linear": "linear", "none": None}  # fmt: skip
 TRAINING = ("loss.", "model_ema.", "colorize")  # colorize: how segmentation maps are shown
 FIRST_STAGE = "first_stage_model."  # what its names begin with inside a diffusion model's checkpoint
-NEEDED = ("ch", "num_res_blocks", "z_channels", "in_channels", "out_ch", "resolution")
 
 
 def holds(keys: Iterable[str], prefix: str = "") -> bool:
@@ -72,59 +73,47 @@ def _averaged(weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], prefi
 
 def block_of(config: Mapping, origin: str = "config") -> dict:
     """Our block of the autoencoder that a CompVis yaml describes: an autoencoder's, or a diffusion model's first stage."""
-    model = config.get("model") or {}
-    params = model.get("params") or {}
-    if "first_stage_config" in params:
-        return first_stage(params["first_stage_config"], params.get("channels", 3), origin)
-    if not isinstance(model.get("target"), str):
+    model = Said(config, origin).block("model")
+    if "first_stage_config" in model.block("params"):
+        params = model.block("params")
+        return first_stage(params.block("first_stage_config"), params.whole("channels", 3))
+    if "target" not in model:
         raise UserError(f"{origin}: expected a yaml of CompVis, with model.target and model.params.ddconfig")
-    return first_stage(model, 3, origin)
+    return first_stage(model, 3)
 
 
-def first_stage(model: Mapping, channels: int, origin: str) -> dict:
+def first_stage(model: Said, channels: int) -> dict:
     """{target, params} of CompVis -> our block. ``channels``: of pictures, for an identity, whose config does not say."""
-    name, params = model["target"].rsplit(".")[-1], dict(model.get("params") or {})
+    name, params = model.named
     if name not in KINDS:
-        near = nearest(name, KINDS)
-        raise UserError(f"{origin}: model.target {model['target']} is no autoencoder known here"
-                        + (f"; nearest: {near}" if near else "") + f"; known are {', '.join(KINDS)}")  # fmt: skip
+        raise UserError(f"{model.place}.target: {model['target']} is no autoencoder known here{near(name, KINDS)}; known are "
+                        f"{', '.join(KINDS)}")
     if KINDS[name] == "identity":
         return {"target": "autoencoder.base.Identity", "params": {"image_channels": channels}}
-    if not isinstance(params.get("ddconfig"), Mapping) or not isinstance(params.get("embed_dim"), int):
-        raise UserError(f"{origin}: {model['target']} needs params.ddconfig and params.embed_dim")
-    if params.get("remap"):
-        raise UserError(f"{origin}: remap: {params['remap']}; remapped codes are not read")
-    if KINDS[name] == "kl":
-        bottleneck = _kl(params["embed_dim"])
-    elif isinstance(params.get("n_embed"), int):
-        bottleneck = _vq(params["embed_dim"], params["n_embed"])
-    else:
-        raise UserError(f"{origin}: {model['target']} needs params.n_embed, the number of codes")
-    return _block(_numbers(dict(params["ddconfig"]), KINDS[name], origin), bottleneck)
+    params.only(remap=None)
+    latent = params.whole("embed_dim")
+    bottleneck = _kl(latent) if KINDS[name] == "kl" else _vq(latent, params.whole("n_embed"))
+    return _block(_numbers(params.block("ddconfig"), KINDS[name]), bottleneck)
 
 
-def _numbers(dd: dict, kind: str, origin: str) -> dict[str, Any]:
+def _numbers(dd: Said, kind: str) -> dict[str, Any]:
     """``ddconfig`` in the names of ``autoencoder.model.convolutional``."""
-    missing = [key for key in NEEDED if not isinstance(dd.get(key), int)]
-    if missing:
-        raise UserError(f"{origin}: ddconfig.{', ddconfig.'.join(missing)}: expected whole numbers")
-    if dd.get("double_z", True) != (kind == "kl"):
-        raise UserError(f"{origin}: ddconfig.double_z: {dd.get('double_z', True)}; it is true for KL kinds, false for VQ")
-    attention = "linear" if dd.get("use_linear_attn") else dd.get("attn_type", "vanilla")
-    if attention not in ATTENTION:
-        raise UserError(f"{origin}: ddconfig.attn_type: {attention!r}; known are {', '.join(ATTENTION)}")
-    mult = list(dd.get("ch_mult") or (1, 2, 4, 8))
+    if dd.flag("double_z", True) != (kind == "kl"):
+        raise dd.refused("double_z", "true for KL kinds, false for VQ")
+    attention = dd.one("attn_type", ATTENTION, "vanilla")
+    attention = "linear" if dd.flag("use_linear_attn") else attention
+    mult, side = dd.wholes("ch_mult", [1, 2, 4, 8]), dd.whole("resolution")
     # attention is placed by the side that a training picture has at a level; both halves count by halving and doubling
-    sides = [dd["resolution"] // 2**level for level in range(len(mult))]
+    sides = [side // 2**level for level in range(len(mult))]
     rising = [sides[-1] * 2 ** (len(mult) - 1 - level) for level in range(len(mult))]
-    wanted = set(dd.get("attn_resolutions") or ()) if ATTENTION[attention] else set()
+    wanted = set(dd.wholes("attn_resolutions", [])) if attention else set()
     return dict(
-        image_channels=dd["in_channels"], out_channels=dd["out_ch"], width=dd["ch"], mult=mult, blocks=dd["num_res_blocks"],
-        attention=ATTENTION[attention] is not None, attention_kind=ATTENTION[attention] or "softmax",
+        image_channels=dd.whole("in_channels"), out_channels=dd.whole("out_ch"), width=dd.whole("ch"), mult=mult,
+        blocks=dd.whole("num_res_blocks"), attention=attention is not None, attention_kind=attention or "softmax",
         attention_levels=[level for level, side in enumerate(sides) if side in wanted],
         decoder_attention_levels=[level for level, side in enumerate(rising) if side in wanted],
-        features=dd["z_channels"], dropout=float(dd.get("dropout", 0.0)), conv_resample=dd.get("resamp_with_conv", True),
-        tanh=dd.get("tanh_out", False), head=not dd.get("give_pre_end", False))  # fmt: skip
+        features=dd.whole("z_channels"), dropout=dd.number("dropout", 0.0), conv_resample=dd.flag("resamp_with_conv", True),
+        tanh=dd.flag("tanh_out"), head=not dd.flag("give_pre_end"))  # fmt: skip
 
 
 def infer(tensors: Mapping[str, Tensor], origin: str, prefix: str = "") -> dict:

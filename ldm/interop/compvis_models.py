@@ -12,17 +12,17 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ldm.bundle import Bundle
 from ldm.interop import names, unet_names
-from ldm.interop.compvis_conditions import UNET, Part, table
 from ldm.interop.compvis_configs import config_of
 from ldm.interop.compvis_published import recognised
+from ldm.interop.conditions import UNET, Part, table, weights
 from ldm.interop.folding import unfolded
-from ldm.interop.foreign import autoencoder_rows
+from ldm.interop.foreign import autoencoder_rows, made
 from ldm.interop.rows import Row, check, existing, inside, to_us
+from ldm.interop.said import Said
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +54,21 @@ def planned(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) 
     Raises:
         UserError: where yaml and tensors do not belong together, or something has no counterpart here.
     """
-    if config is None:
-        config = recognised(tensors, origin)
+    config = recognised(tensors, origin) if config is None else config
     ours, conditions = config_of(config, tensors, origin, Path(origin).parent)
-    bundle = Bundle.from_config(ours)
+    bundle, beside = made(ours, origin), weights(conditions)
     rows, expected = rows_of(bundle, ours, conditions), bundle.state_dict()
-    found = to_us(rows, tensors)
-    twice = tuple(conditions_of_first_stage(config))
-    check(rows, tensors, {name: value for name, value in expected.items() if not kept(name)}, found, origin,
-          lambda name: bool(HARMLESS.match(name)) or name.startswith(twice))
+    found, params = to_us(rows, tensors), Said(config["model"].get("params"), f"{origin}: model.params")
+    twice = ("cond_stage_model.",) if params.get("cond_stage_config") == "__is_first_stage__" else ()  # the first stage again
+    wanted = {name: value for name, value in expected.items() if name not in beside and not is_own(name)}
+    check(rows, tensors, wanted, found, origin, lambda name: bool(HARMLESS.match(name)) or name.startswith(twice))
     found = {name: value.float() if name.startswith("autoencoder.") else value for name, value in found.items()}
-    found |= averaged(rows, tensors, origin)
+    found |= averaged(rows, tensors, origin) | beside
     found |= {f"autoencoder.{name}": value for name, value in names.own(bundle.autoencoder.state_dict()).items()}
-    found["autoencoder.scale"] = found["autoencoder.scale"] / scale_factor(config, tensors)
+    found["autoencoder.scale"] = found["autoencoder.scale"] / tensors.get("scale_factor", params.number("scale_factor", 1.0, above=0))
     if "scale_factor" in tensors:
         found["autoencoder.statistics_count"] += 1  # measured, on a batch of nobody knows how many
-    found = unfolded(found | statistics(expected), tensors)
+    found = unfolded(found, tensors)
     return {"kind": "diffusion", "config": ours, "sampling": ours["sampling"], "layout": "compvis"}, found, bundle
 
 
@@ -80,19 +79,10 @@ def rows_of(bundle: Bundle, config: Mapping, conditions: list[Part]) -> list[Row
     return existing([*rows, *table(conditions)], bundle.state_dict())
 
 
-def kept(name: str) -> bool:
-    """Whether only our files have this tensor."""
+def is_own(name: str) -> bool:
+    """Whether only our files have this tensor of an autoencoder."""
     part, _, rest = name.partition(".")
-    return (part == "autoencoder" and rest in names.OURS_ALONE) or (part == "conditioner" and name.endswith(STATISTICS))
-
-
-STATISTICS = (".mean", ".std")  # of the embeddings that ImageEmbedding puts noise on: not in these files
-
-
-def statistics(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of embeddings, which the files lack: mean 0, deviation 1."""
-    return {name: torch.full(value.shape, float(name.endswith(".std"))) for name, value in expected.items()
-            if name.startswith("conditioner.") and name.endswith(STATISTICS)}
+    return part == "autoencoder" and rest in names.OURS_ALONE
 
 
 def averaged(rows: Iterable[Row], tensors: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
@@ -106,14 +96,3 @@ def averaged(rows: Iterable[Row], tensors: Mapping[str, Tensor], origin: str) ->
         log.warning("%s: %s* does not cover all weights of the network; the raw ones are taken", origin, AVERAGED)
         return {}
     return {f"ema.{name}": value for name, value in found.items()}
-
-
-def scale_factor(config: Mapping, tensors: Mapping[str, Tensor]) -> float | Tensor:
-    """What latents are multiplied by before diffusion sees them: measured in training (scale_by_std), or the yaml's."""
-    return tensors.get("scale_factor", (config["model"].get("params") or {}).get("scale_factor", 1.0))
-
-
-def conditions_of_first_stage(config: Mapping) -> list[str]:
-    """Names that hold the first stage once more."""
-    params = config["model"].get("params") or {}
-    return ["cond_stage_model."] if params.get("cond_stage_config") == "__is_first_stage__" else []

@@ -95,7 +95,7 @@ def sdxl(refiner: bool) -> dict:
                    use_linear_in_transformer=True, **sizes)  # fmt: skip
     network["target"] = f"{SGM}diffusionmodules.openaimodel.UNetModel"
     return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": {
-        "scale_factor": 0.13025, "image_size": 128, "network_config": network,
+        "scale_factor": 0.13025, "network_config": network,
         "conditioner_config": {"params": {"emb_models": [*clip, big, *numbers]}},
         "denoiser_config": {"params": {
             "num_idx": 1000, "scaling_config": {"target": f"{SGM}diffusionmodules.denoiser_scaling.EpsScaling"},

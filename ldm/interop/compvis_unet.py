@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm.common.build import near
 from ldm.common.files import UserError
+from ldm.interop.said import Said
 
 UNET = "ldm.networks.unet.UNet"
 TARGETS = ("ldm.modules.diffusionmodules.openaimodel.UNetModel", "sgm.modules.diffusionmodules.openaimodel.UNetModel")
@@ -23,52 +24,59 @@ READ_HERE = ("attention_resolutions", "channel_mult", "num_classes", "num_heads"
              "context_dim", "legacy", "disable_self_attentions", "disable_middle_self_attn", "adm_in_channels", "in_channels",
              "out_channels")  # fmt: skip
 IGNORED = ("image_size", "use_fp16", "spatial_transformer_attn_type", "use_bf16")  # what leaves no trace in the model
-VECTORS = {"continuous": "linear", "sequential": "mlp", "timestep": "mlp"}  # num_classes -> how the vector joins
+REFUSED = {"n_embed": None, "disable_middle_transformer": False}  # but for this value
+VECTORS = {"continuous": "linear", "sequential": "mlp"}  # num_classes -> how the vector joins
 GROUPS = 32
 
 
-def block_of(unet: Mapping, origin: str) -> dict:
-    """Our block of the network that ``unet``, the params of a UNetModel, describes. UserError for what has no counterpart."""
-    known = (*SAME, *READ_HERE, *IGNORED)
+def block_of(unet: Said, attends: bool = False) -> dict:
+    """Our block of the network that ``unet``, the params of a UNetModel, describes. UserError for what has no counterpart.
+
+    attends: its attention is a transformer even where the params do not say so (generative-models).
+    """
+    known = (*SAME, *READ_HERE, *IGNORED, *REFUSED)
     for name in unet:
-        if name not in known and not (name == "n_embed" and unet[name] is None):
-            raise UserError(f"{origin}: unet_config.params.{name}: {unet[name]!r} has no counterpart here{near(name, known)}")
-    for name in ("model_channels", "num_res_blocks", "attention_resolutions"):
-        if name not in unet:
-            raise UserError(f"{origin}: unet_config.params.{name}: missing")
-    params = {ours: unet.get(name, DEFAULTS.get(name)) for name, ours in SAME.items()}
-    mult = list(unet.get("channel_mult", (1, 2, 4, 8)))
-    levels, text = len(mult), bool(unet.get("use_spatial_transformer"))
-    depth = unet.get("transformer_depth", 1) if text else 1
-    depths = list(depth) if isinstance(depth, (list, tuple)) else [depth] * levels
-    where = {int(factor) for factor in unet["attention_resolutions"]}
-    channels, heads, upward = (_number(unet.get(name, -1)) for name in ("num_head_channels", "num_heads", "num_heads_upsample"))
-    if text and not unet.get("context_dim"):
-        raise UserError(f"{origin}: unet_config.params.context_dim: missing, and use_spatial_transformer needs it")
+        if name not in known:
+            raise UserError(f"{unet.place}.{name}: {unet[name]!r:.60} has no counterpart here{near(name, known)}")
+    unet.only(**REFUSED)
+    mult, where = unet.numbers("channel_mult", [1, 2, 4, 8]), unet.wholes("attention_resolutions")
+    levels, text = len(mult), unet.flag("use_spatial_transformer", attends or "context_dim" in unet)
+    if not mult or not mult[0]:
+        raise unet.refused("channel_mult", "a number above 0 for each level")
+    depths = unet.each("transformer_depth", levels) if text else [1] * levels
+    channels, heads, upward = (_number(unet, name) for name in ("num_head_channels", "num_heads", "num_heads_upsample"))
+    if text and not attends and "context_dim" not in unet:
+        raise UserError(f"{unet.place}.context_dim: missing, and use_spatial_transformer needs it")
     if heads is channels is None and where:
-        raise UserError(f"{origin}: unet_config.params: neither num_heads nor num_head_channels is given")
-    params |= {
-        "channel_mult": mult, "attention": "transformer" if text else "self", "groups": GROUPS, "head_channels": channels,
+        raise UserError(f"{unet.place}: neither num_heads nor num_head_channels is given")
+    every = isinstance(unet.get("num_res_blocks"), (list, tuple))
+    params: dict[str, Any] = {
+        "model_channels": unet.whole("model_channels"), "channel_mult": mult,
+        "num_res_blocks": unet.each("num_res_blocks", levels) if every else unet.whole("num_res_blocks"),
+        "attention": "transformer" if text else "self", "groups": GROUPS, "head_channels": channels, "num_heads": heads or 1,
         "transformer_depth": [depths[level] if 2**level in where else 0 for level in range(levels)],
-        "middle_depth": unet.get("transformer_depth_middle") or depths[-1], "num_heads": heads or 1,
+        "middle_depth": unet.whole("transformer_depth_middle", depths[-1]),
+        "dropout": unet.number("dropout", 0.0), "dims": unet.among("dims", (1, 2, 3), 2),
+        "attention_blocks": unet.each("num_attention_blocks", levels) if "num_attention_blocks" in unet else None,
+        **{SAME[name]: unet.flag(name, default) for name, default in DEFAULTS.items() if isinstance(default, bool)},
     }  # fmt: skip
-    if upward and not text and channels is None and unet.get("legacy", True):
+    if upward and not text and channels is None and unet.flag("legacy", True):
         params["up_heads"] = upward
-    if unet.get("disable_self_attentions"):
-        params["cross_only"] = [bool(flag) for flag in unet["disable_self_attentions"]]
-    if unet.get("disable_middle_self_attn"):
+    if any(unet.flags("disable_self_attentions") or []):
+        params["cross_only"] = unet.flags("disable_self_attentions")
+    if unet.flag("disable_middle_self_attn"):
         params["middle_cross_only"] = True
-    classes = unet.get("num_classes")
-    if classes is not None:
-        params["vector"] = VECTORS.get(classes, "add") if isinstance(classes, str) else "add"
+    if "num_classes" in unet:
+        params["vector"] = unet.one("num_classes", VECTORS) if isinstance(unet["num_classes"], str) else "add"
     if mult[0] != 1:  # there the first convolution is as wide as the first level
         params |= {"time_channels": params["model_channels"], "model_channels": int(params["model_channels"] * mult[0]),
                    "channel_mult": [m / mult[0] for m in mult]}  # fmt: skip
     return {"target": UNET, "params": {name: value for name, value in params.items() if value is not None}}
 
 
-def _number(given: object) -> int | None:
-    return None if given in (None, -1) else int(given)
+def _number(unet: Said, name: str) -> int | None:
+    """-1 stands for none."""
+    return None if unet.get(name) == -1 else unet.whole(name, None)
 
 
 def params_of(network: nn.Module, params: Mapping[str, Any], in_channels: int, out_channels: int, context_dim: int | None,

@@ -15,17 +15,17 @@ from ldm.common.build import plain
 from ldm.common.files import UserError, atomic_write
 from ldm.conditioners.base import Conditioner
 from ldm.conditioners.clip import ClipText
-from ldm.interop import compvis, compvis_unet, sgm_writing, text_folders, text_names, unet_names
-from ldm.interop.compvis_conditions import COND, HEADS, UNET
+from ldm.interop import compvis, compvis_schedules, compvis_unet, sgm_writing, text_folders, text_names, unet_names
+from ldm.interop.compvis_beside import STATISTICS, UNBATCHED
 from ldm.interop.compvis_models import FIRST_STAGE
+from ldm.interop.compvis_texts import HEADS
+from ldm.interop.conditions import COND, UNET
 from ldm.interop.folding import folded, originals, scale_factor
 from ldm.interop.foreign import autoencoder_rows
 from ldm.interop.names import defaults
 from ldm.interop.rows import Row, back, existing, inside, pair
-from ldm.process import Discrete, step_posterior
 
 ENCODERS, DIFFUSION = "ldm.modules.encoders.modules.", "ldm.models.diffusion.ddpm."
-SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "sqrt": "sqrt", "cosine": "cosine"}  # ours -> theirs
 PARAMETERIZATIONS = {"noise": "eps", "data": "x0", "v": "v"}
 GENUINE = 49408  # words of CLIP's vocabulary; another one goes into a folder beside the checkpoint
 TOKENIZER = "tokenizer"
@@ -69,7 +69,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
         getattr(conditioner, "width", None), getattr(conditioner, "vector_width", None))  # fmt: skip
     size = (bundle.sampling or {}).get("size")
     said: dict[str, Any] = {
-        **_process(bundle.denoiser.process, params.get("process")), "channels": bundle.autoencoder.channels,
+        **compvis_schedules.params_of(bundle.denoiser.process, params.get("process")), "channels": bundle.autoencoder.channels,
         "parameterization": _parameterization(bundle.denoiser.parameterization), "scale_factor": factor, "use_ema": False,
         "first_stage_config": first_stage, "cond_stage_config": "__is_unconditional__",
         "unet_config": {"target": compvis_unet.TARGETS[0], "params": settings},
@@ -83,7 +83,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     state = bundle.state_dict()
     rows = [*inside(unet_names.rows(network, "compvis", UNET), "denoiser.network."), *(row for s in stages for row in s.rows)]
     weights |= back(existing(rows, state), state)
-    weights |= buffers(bundle.denoiser.process)
+    weights |= compvis_schedules.buffers(bundle.denoiser.process)
     if said["cond_stage_config"] == "__is_first_stage__":
         weights |= {COND + name.removeprefix(FIRST_STAGE): value for name, value in weights.items()
                     if name.startswith(FIRST_STAGE)}  # fmt: skip
@@ -172,15 +172,13 @@ def _semantic(conditioner: Any, params: Mapping) -> Stage:
 def _low_resolution(conditioner: Any, params: Mapping) -> Stage:
     if params["noise"] is None:
         return Stage({"concat_mode": True, "cond_stage_key": "LR_image", "cond_stage_config": {"target": "torch.nn.Identity"}})
-    noise = (params["noise"].get("params") or {})
-    if params["level"] != "class" or noise.get("schedule", "scaled_linear") != "scaled_linear":
-        raise UserError("Stable Diffusion's upscaler has noise of a scaled_linear schedule, its level as a class")
-    schedule = {"linear_start": noise.get("start", 0.00085), "linear_end": noise.get("end", 0.012)}
+    if params["level"] != "class" or params["resize"] != "none":
+        raise UserError("Stable Diffusion's upscaler has pictures of the latents' size, and their noise's level as a class")
     model = {"target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
-             "params": {"noise_schedule_config": schedule, "max_noise_level": params["max_noise_level"] or noise.get("steps", 1000)}}
+             "params": {"noise_schedule_config": _schedule(conditioner.noise, params), "max_noise_level": conditioner.noise.stop}}
     return Stage({"low_scale_key": "lr", "low_scale_config": model, "conditioning_key": "hybrid-adm"},
                  pair("embedding", f"{UNET}label_emb", ["weight"]), "LatentUpscaleDiffusion",
-                 {"num_classes": conditioner.noise.levels}, buffers(conditioner.noise.process, "low_scale_model."))  # fmt: skip
+                 {"num_classes": conditioner.embedding.num_embeddings}, compvis_schedules.buffers(conditioner.noise.process, "low_scale_model."))  # fmt: skip
 
 
 def _masked(conditioner: Any, params: Mapping) -> Stage:
@@ -204,22 +202,39 @@ def _neighbours(conditioner: Any, params: Mapping) -> Stage:
 
 
 def _image(conditioner: Any, params: Mapping) -> Stage:
-    if params["noise"] is None or params["to"] != "vector":
-        raise UserError("Stable unCLIP has a vector of a noisy picture embedding: ImageEmbedding with noise")
-    width = conditioner.embedding_width
-    schedule = {"timesteps": conditioner.noise.levels, "beta_schedule": "squaredcos_cap_v2"}
-    augment = {"target": f"{ENCODERS}CLIPEmbeddingNoiseAugmentation",
-               "params": {"timestep_dim": width, "noise_schedule_config": schedule}}  # fmt: skip
-    return Stage({"noise_aug_config": augment, "embedder_config": {"target": f"{ENCODERS}ClipImageEmbedder"},
-                  "embedding_dropout": params["dropout"], "conditioning_key": "crossattn-adm"},
-                 kind="ImageEmbeddingConditionedLatentDiffusion",
-                 tables=buffers(conditioner.noise.process, "noise_augmentor."))  # fmt: skip
+    if params["to"] != "vector":
+        raise UserError("Stable unCLIP has a vector of a picture's embedding: ImageEmbedding with to: vector")
+    said = {"embedder_config": {"target": f"{ENCODERS}ClipImageEmbedder"}, "embedding_dropout": params["dropout"],
+            "conditioning_key": "crossattn-adm"}  # fmt: skip
+    kind = "ImageEmbeddingConditionedLatentDiffusion"
+    if conditioner.noise is None:
+        return Stage(said, kind=kind)
+    values = {"timestep_dim": conditioner.level_width, "noise_schedule_config": _schedule(conditioner.noise, params),
+              "max_noise_level": conditioner.noise.stop}  # fmt: skip
+    said |= {"noise_aug_config": {"target": f"{ENCODERS}CLIPEmbeddingNoiseAugmentation", "params": values}}
+    measured = bool(conditioner.mean.any() or (conditioner.std != 1).any())  # else as there, where no statistics are given
+    rows = [Row((ours,), (theirs,), UNBATCHED) for ours, theirs in STATISTICS.items()] if measured else []
+    return Stage(said, rows, kind, tables=compvis_schedules.buffers(conditioner.noise.process, "noise_augmentor."))
+
+
+def _schedule(noise: Any, params: Mapping) -> dict:
+    """noise_schedule_config of a condition's noise."""
+    said = compvis_schedules.params_of(noise.process, params["noise"])
+    if "given_betas" in said:
+        raise UserError("CompVis has no noise on a condition but of the schedules that it has names for")
+    return said
+
+
+def _picture(conditioner: Any, params: Mapping) -> Stage:
+    if params["latent"] != "raw" or params["key"] != "image":
+        raise UserError("CompVis has a picture as a condition as InstructPix2Pix has it: Picture with key: image, latent: raw")
+    return Stage({"conditioning_key": "hybrid", "cond_stage_key": "edit"})
 
 
 MASKED = "ldm.conditioners.spatial.MaskedImage"
 STAGES = {"ClipText": _clip, "BertText": _bert, "BoxTokens": _boxes, "ClassLabel": _label, "SemanticMap": _semantic,
           "LowResolution": _low_resolution, "MaskedImage": _masked, "Depth": _depth, "Neighbours": _neighbours,
-          "ImageEmbedding": _image}  # fmt: skip
+          "ImageEmbedding": _image, "Picture": _picture}  # fmt: skip
 
 
 def _autoencoder(bundle: Bundle) -> tuple[dict[str, Tensor], dict, float]:
@@ -245,23 +260,6 @@ def _autoencoder(bundle: Bundle) -> tuple[dict[str, Tensor], dict, float]:
     return weights, stage, 1.0 if factor is None else factor
 
 
-def _process(process: Any, block: Mapping | None) -> dict:
-    """What their DDPM is told of the schedule. Tables that none of their schedules makes are given as betas."""
-    if not isinstance(process, Discrete):
-        raise UserError(f"CompVis has no diffusion model on {type(process).__name__}, only on DDPM's steps")
-    steps = len(process.alpha_bar)
-    said = defaults(block) if block and block["target"].endswith(".DDPM") else {}
-    if process.told != "exact":
-        raise UserError("CompVis tells its networks the step itself: there is no process respaced, or told other times")
-    if said.get("schedule") not in SCHEDULES or said.get("zero_terminal") or said.get("floor"):
-        return {"timesteps": steps, "given_betas": process.betas.tolist()}
-    names = {"start": "cosine_s"} if said["schedule"] == "cosine" else {"start": "linear_start", "end": "linear_end"}
-    ends = {theirs: said[ours] for ours, theirs in names.items() if said[ours] is not None}
-    if len(ends) < len(names) and said["schedule"] == "scaled_linear":
-        ends = {"linear_start": 0.00085, "linear_end": 0.012} | ends
-    return {"timesteps": steps, "beta_schedule": SCHEDULES[said["schedule"]], **ends}
-
-
 def _parameterization(name: Any) -> str:
     if name not in PARAMETERIZATIONS:
         raise UserError(f"CompVis has no parameterization {name!r}; it has those that are called {', '.join(PARAMETERIZATIONS)} here")
@@ -276,19 +274,3 @@ def write_tokenizer(bundle: Bundle, folder: Path) -> None:
             text_folders.write_tokenizer(conditioner, folder / TOKENIZER)
             with atomic_write(folder / TOKENIZER / text_folders.CONFIG) as temporary:
                 temporary.write_text(json.dumps(text_folders.config_of(conditioner, defaults(block)), indent=1))
-
-
-def buffers(process: Discrete, prefix: str = "") -> dict[str, Tensor]:
-    """The tables that their checkpoints hold: computed in double precision, kept in single. Those of the reverse chain belong to
-    the model itself, which has no prefix."""
-    betas, bar = process.betas, process.alpha_bar
-    before = torch.cat([bar.new_ones(1), bar[:-1]])
-    step = step_posterior(bar.sqrt(), (1 - bar).sqrt(), before.sqrt(), (1 - before).sqrt())
-    tables = {
-        "betas": betas, "alphas_cumprod": bar, "alphas_cumprod_prev": before, "sqrt_alphas_cumprod": bar.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1 - bar).sqrt(), "log_one_minus_alphas_cumprod": (1 - bar).log(),
-        "sqrt_recip_alphas_cumprod": (1 / bar).sqrt(), "sqrt_recipm1_alphas_cumprod": (1 / bar - 1).sqrt(),
-        "posterior_variance": step.variance, "posterior_log_variance_clipped": step.variance.clamp(min=1e-20).log(),
-        "posterior_mean_coef1": step.x0, "posterior_mean_coef2": step.xt,
-    }  # fmt: skip
-    return {prefix + name: table.float() for name, table in tables.items() if not (prefix and name.startswith("posterior"))}

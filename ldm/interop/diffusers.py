@@ -99,8 +99,7 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
         UserError: where it has no place for it.
     """
     config = config_of(bundle)
-    return {key: value.flatten(1) if ".attentions." in key and value.ndim == 4 else value
-            for key, value in renamed(bundle, "diffusers").items()}, config  # fmt: skip
+    return renamed(bundle, "diffusers"), config
 
 
 def config_of(bundle: Bundle) -> dict:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ldm.common.build import near
 from ldm.common.files import UserError
 from ldm.interop.compvis_unet import GROUPS, UNET
+from ldm.interop.said import Said
 from ldm.networks.unet import UNet
 
 TEXT, PLAIN = "UNet2DConditionModel", "UNet2DModel"
@@ -23,7 +24,7 @@ ONLY = {  # settings that have one value here; others build another network
     "class_embeddings_concat": (False,), "cross_attention_norm": (None,), "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,), "reverse_transformer_layers_per_block": (None,), "attn_norm_num_groups": (None,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"), "addition_embed_type": (None, "text_time"),
-    "class_embed_type": (None, "projection", "timestep", "simple_projection", "identity"),
+    "class_embed_type": (None, "projection", "simple_projection", "identity"),
     "resnet_time_scale_shift": ("default", "scale_shift"), "downsample_type": ("conv", "resnet"),
     "upsample_type": ("conv", "resnet"),
 }  # fmt: skip
@@ -56,38 +57,41 @@ def block_of(config: Mapping, origin: str) -> tuple[dict, Sizes]:
             raise UserError(f"{origin}: {name}: {value!r} has no counterpart here; read is {' or '.join(map(repr, ONLY[name]))}")
         if name not in (*ONLY, *READ_HERE, *IGNORED) and not name.startswith("_") and value is not None:
             raise UserError(f"{origin}: {name}: {value!r} has no counterpart here{near(name, READ_HERE)}")
-    text = kind == TEXT
-    widths = list(config.get("block_out_channels") or ((320, 640, 1280, 1280) if text else (224, 448, 672, 896)))
+    said, text = Said(config, origin), kind == TEXT
+    widths = said.wholes("block_out_channels", [320, 640, 1280, 1280] if text else [224, 448, 672, 896])
     levels = len(widths)
-    attended, resnets = _levels(config, text, levels, origin)
-    depth = per_level(config.get("transformer_layers_per_block", 1), levels)
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    only = config.get("only_cross_attention", False)
-    has_middle = config.get("add_attention", True)
+    attended, resnets = _levels(said, text, levels)
+    depth, only = said.each("transformer_layers_per_block", levels), said.get("only_cross_attention", False)
+    if config.get("norm_num_groups", GROUPS) is None or not widths:
+        raise UserError(f"{origin}: norm_num_groups and block_out_channels: expected numbers, got null or none")
+    every = isinstance(said.get("layers_per_block"), (list, tuple))
     params: dict[str, Any] = {
         "model_channels": widths[0], "channel_mult": [_ratio(width, widths[0]) for width in widths],
-        "num_res_blocks": _plain(config.get("layers_per_block", 2)), "attention": "transformer" if text else "self",
+        "num_res_blocks": said.each("layers_per_block", levels) if every else said.whole("layers_per_block", 2),
+        "attention": "transformer" if text else "self",
         "transformer_depth": [layers if there else 0 for layers, there in zip(depth, attended, strict=True)],
-        "middle_depth": depth[-1] if has_middle else 0, "groups": config.get("norm_num_groups", GROUPS),
-        "scale_shift": config.get("resnet_time_scale_shift") == "scale_shift", "dropout": config.get("dropout", 0.0),
+        "middle_depth": depth[-1] if said.flag("add_attention", True) else 0, "groups": said.whole("norm_num_groups", GROUPS),
+        "scale_shift": said.get("resnet_time_scale_shift") == "scale_shift", "dropout": said.number("dropout", 0.0),
         "resblock_updown": resnets,
     }  # fmt: skip
     if text:
-        params |= {"linear_projections": config.get("use_linear_projection", False), "num_heads": _plain(heads)}
-        if only is True or isinstance(only, (list, tuple)):
-            params["cross_only"] = [bool(flag) for flag in per_level(only, levels)]
-    elif heads is None:
+        heads = said.each("num_attention_heads" if said.get("num_attention_heads") else "attention_head_dim", levels, 8)
+        params |= {"linear_projections": said.flag("use_linear_projection"),
+                   "num_heads": heads if len(set(heads)) > 1 else heads[0]}  # fmt: skip
+        if only is not False:
+            params["cross_only"] = said.flags("only_cross_attention") if isinstance(only, (list, tuple)) else [said.flag(
+                "only_cross_attention")] * levels
+    elif config.get("attention_head_dim", 8) is None:
         params["num_heads"] = 1
     else:
-        params["head_channels"] = heads  # here the name says what it is
-    vector, width, name = _vector(config, origin)
+        params["head_channels"] = said.whole("attention_head_dim", 8)  # here the name says what it is
+    vector, width, name = _vector(said, widths[0])
     params |= {"vector": vector} if vector else {}
-    context = config.get("cross_attention_dim", 1280) if text else None
-    if isinstance(context, (list, tuple)) and len(set(context)) > 1:
-        raise UserError(f"{origin}: cross_attention_dim: {list(context)}; read is one width for all levels")
-    context = context[0] if isinstance(context, (list, tuple)) else context
-    sizes = Sizes(config.get("in_channels", 4 if text else 3), config.get("out_channels", 4 if text else 3), context, width, name)
-    return {"target": UNET, "params": params}, sizes
+    contexts = set(said.each("cross_attention_dim", levels, 1280)) if text else {None}
+    if len(contexts) > 1:
+        raise said.refused("cross_attention_dim", "one width for all levels")
+    given, made = (said.whole(name, 4 if text else 3) for name in ("in_channels", "out_channels"))
+    return {"target": UNET, "params": params}, Sizes(given, made, contexts.pop(), width, name)
 
 
 def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int | None = None) -> dict:
@@ -149,25 +153,24 @@ def config_of(network: UNet, params: Mapping[str, Any], sizes: Sizes, size: int 
     return config
 
 
-def _levels(config: Mapping, text: bool, levels: int, origin: str) -> tuple[list[bool], bool]:
+def _levels(said: Said, text: bool, levels: int) -> tuple[list[bool], bool]:
     """Whether each level attends, and whether resolutions change inside residual blocks. UserError where the way up does not
     mirror the way down, or levels differ in the latter."""
     kind = "transformer" if text else "self"
     known = {name: attends for name, attends in BLOCKS.items() if attends in (kind, None)}
     default = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"] if text else ["DownBlock2D"] + ["AttnDownBlock2D"] * 3
-    down = list(config.get("down_block_types") or default)
-    up = list(config.get("up_block_types") or map(_up, reversed(default)))
+    down, up = said.get("down_block_types", default), said.get("up_block_types", [_up(name) for name in reversed(default)])
     for name, given, accepted in (("down_block_types", down, list(known)), ("up_block_types", up, list(map(_up, known)))):
-        if any(each not in accepted for each in given) or len(given) != levels:
-            raise UserError(f"{origin}: {name}: {given}; expected {levels} of {', '.join(accepted)}")
+        if not isinstance(given, (list, tuple)) or any(each not in accepted for each in given) or len(given) != levels:
+            raise UserError(f"{said.place}: {name}: {given}; expected {levels} of {', '.join(accepted)}")
     attended = [known[each] is not None for each in down]
     if [known[_down(each)] is not None for each in up][::-1] != attended:
-        raise UserError(f"{origin}: up_block_types do not mirror down_block_types; read are those that do")
-    resnets = {_resnet(each, config.get("downsample_type")) for each in down[:-1]}
-    resnets |= {_resnet(_down(each), config.get("upsample_type")) for each in up[:-1]}
+        raise UserError(f"{said.place}: up_block_types do not mirror down_block_types; read are those that do")
+    resnets = {_resnet(each, said.get("downsample_type")) for each in down[:-1]}
+    resnets |= {_resnet(_down(each), said.get("upsample_type")) for each in up[:-1]}
     if len(resnets) > 1:
-        raise UserError(f"{origin}: some levels change their resolution inside a residual block and some do not (down_block_types "
-                        f"{down}, up_block_types {up}, downsample_type, upsample_type); read are all alike")
+        raise UserError(f"{said.place}: some levels change their resolution inside a residual block and some do not "
+                        f"(down_block_types {down}, up_block_types {up}, downsample_type, upsample_type); read are all alike")
     return attended, resnets == {True}
 
 
@@ -183,19 +186,17 @@ def _down(name: str) -> str:
     return name.replace("Upsample", "Downsample").replace("UpBlock", "DownBlock")
 
 
-def _vector(config: Mapping, origin: str) -> tuple[str | None, int | None, str]:
-    """How the condition's vector joins, its width, and the name of its layers."""
-    kind, classes = config.get("class_embed_type"), config.get("num_class_embeds")
-    width = config.get("projection_class_embeddings_input_dim")
-    if config.get("addition_embed_type") == "text_time":
+def _vector(said: Said, first: int) -> tuple[str | None, int | None, str]:
+    """How the condition's vector joins, its width, and the name of its layers. ``first``: width of the first level."""
+    kind, classes = said.get("class_embed_type"), said.whole("num_class_embeds", None)
+    if said.get("addition_embed_type") == "text_time":
         if kind is not None or classes is not None:
-            raise UserError(f"{origin}: addition_embed_type with class_embed_type {kind!r}; read is one of both")
-        return "mlp", width, "add_embedding"
-    first = (config.get("block_out_channels") or [320])[0]
-    if kind in ("projection", "timestep"):
-        return "mlp", width if kind == "projection" else first, "class_embedding"
+            raise said.refused("addition_embed_type", f"it alone, without class_embed_type {kind!r} and num_class_embeds {classes}")
+        return "mlp", said.whole("projection_class_embeddings_input_dim"), "add_embedding"
+    if kind == "projection":
+        return "mlp", said.whole("projection_class_embeddings_input_dim"), "class_embedding"
     if kind == "simple_projection":
-        return "linear", width, "class_embedding"
+        return "linear", said.whole("projection_class_embeddings_input_dim"), "class_embedding"
     if kind == "identity" or classes is not None:
         return "add", 4 * first, "class_embedding"
     return None, None, "add_embedding"
@@ -214,10 +215,6 @@ def _vector_config(vector: str, sizes: Sizes, text: bool) -> dict:
 
 def per_level(given: Any, levels: int) -> list:
     return list(given) if isinstance(given, (list, tuple)) else [given] * levels
-
-
-def _plain(given: Any) -> Any:
-    return list(given) if isinstance(given, tuple) else given
 
 
 def _ratio(width: int, first: int) -> int | float:

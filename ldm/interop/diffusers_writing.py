@@ -17,7 +17,8 @@ from ldm.common.files import UserError
 from ldm.conditioners.clip import ClipText
 from ldm.interop import diffusers, diffusers_unet, dit_diffusers, scheduler_configs, text_folders, text_names, unet_names
 from ldm.interop.compvis_writing import parts
-from ldm.interop.diffusers_pipelines import INDEX, KEPT, class_rows
+from ldm.interop.diffusers_conditions import class_rows
+from ldm.interop.diffusers_pipelines import INDEX, KEPT
 from ldm.interop.folding import folded, originals, scale_factor
 from ldm.interop.foreign import autoencoder_rows
 from ldm.interop.names import defaults

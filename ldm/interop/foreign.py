@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
-from ldm.common.weights import compare
 from ldm.interop import names
-from ldm.interop.rows import SAME, Change, Row, pair
+from ldm.interop.rows import SAME, Change, Row, back, check, existing, pair, to_us
 
 BOTTLENECKS = ("autoencoder.bottlenecks.KL", "autoencoder.bottlenecks.VQ")
 
@@ -48,17 +47,19 @@ def translated(block: Mapping, layout: str, tensors: Mapping[str, Tensor], origi
     Raises:
         UserError: with counts for each part, where names or shapes differ.
     """
-    expected = Bundle.from_config(about(block, layout)["config"]).autoencoder.state_dict()
-    has_weights = block["target"] == names.CONVOLUTIONAL  # an identity has none
-    known = names.table(names.Layout.of(block), layout, prefix) if has_weights else {}
-    table = {ours: known[ours] for ours in expected if ours in known}
-    # attention is a 1x1 convolution in one layout, a matrix in another
-    given = {theirs: value.reshape(expected[ours].shape) if _is_matrix_of(value, expected[ours]) else value
-             for ours, theirs in table.items() if (value := tensors.get(theirs)) is not None}  # fmt: skip
-    problems = compare({theirs: expected[ours] for ours, theirs in table.items()}, {**tensors, **given})
-    if problems:
-        raise UserError(f"{origin}: its weights are not those of the autoencoder described: {problems}")
-    return {ours: given[theirs].to(torch.float32) for ours, theirs in table.items()} | names.own(expected)
+    expected = made(about(block, layout)["config"], origin).autoencoder.state_dict()
+    rows = existing(autoencoder_rows(block, layout, prefix), expected)
+    found = to_us(rows, tensors)
+    check(rows, tensors, {name: value for name, value in expected.items() if name not in names.OURS_ALONE}, found, origin)
+    return {name: value.to(torch.float32) for name, value in found.items()} | names.own(expected)
+
+
+def made(config: Mapping, origin: str) -> Bundle:
+    """A model without weights. UserError where its sizes do not go together."""
+    try:
+        return Bundle.from_config(config)
+    except ValueError as error:
+        raise UserError(f"{origin}: the model that its config describes cannot be built: {error}") from error
 
 
 def block_of(bundle: Bundle) -> dict:
@@ -68,9 +69,8 @@ def block_of(bundle: Bundle) -> dict:
 
 def renamed(bundle: Bundle, layout: str) -> dict[str, Tensor]:
     """The weights of the bundle's autoencoder by the names of ``layout``."""
-    table = names.table(names.Layout.of(block_of(bundle)), layout)
     weights = {name: value.detach().cpu().contiguous() for name, value in bundle.autoencoder.state_dict().items()}
-    return {table[name]: value for name, value in weights.items() if name in table}
+    return back(existing(autoencoder_rows(block_of(bundle), layout), weights), weights)
 
 
 def settings_for(bundle: Bundle, layout: str) -> dict:
@@ -97,7 +97,3 @@ def refuse_others(params: Mapping, where: str, **only: object) -> None:
     for name, value in only.items():
         if params[name] != value:
             raise UserError(f"{where} has no autoencoder with {name}: {params[name]!r}, only {value!r}")
-
-
-def _is_matrix_of(value: Tensor, expected: Tensor) -> bool:
-    return value.ndim == 2 and expected.shape == (*value.shape, 1, 1)

@@ -18,6 +18,7 @@ import ldm
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.interop import compvis_configs, compvis_models, compvis_published, compvis_writing, text_names
+from ldm.interop.conditions import weights
 from ldm.interop.rows import back
 
 DATA = Path(__file__).parents[1] / "data"
@@ -43,12 +44,13 @@ def meta(shapes):
 
 def planned(config, tensors):
     """A bundle without weights but for the statistics of its latents."""
-    ours, _ = compvis_configs.config_of(config, tensors, "model.yaml", Path("/nowhere"))
+    ours, parts = compvis_configs.config_of(config, tensors, "model.yaml", Path("/nowhere"))
     bundle = Bundle.from_config(ours)
     state = bundle.state_dict()
-    known = {"autoencoder.shift": torch.zeros, "autoencoder.scale": torch.ones}
-    bundle.load_state_dict({name: known[name](value.shape) if name in known else torch.zeros(value.shape, dtype=value.dtype)
-                            if "statistics" in name else value for name, value in state.items()}, assign=True)  # fmt: skip
+    known = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in state.items() if "statistics" in name}
+    known |= {"autoencoder.shift": torch.zeros(state["autoencoder.shift"].shape), **weights(parts)}
+    known["autoencoder.scale"] = known["autoencoder.shift"] + 1
+    bundle.load_state_dict(state | known, assign=True)
     if config["model"]["params"].get("scale_by_std"):
         bundle.autoencoder.statistics_count.fill_(1)
     return bundle
@@ -69,11 +71,11 @@ def test_published_models_have_exactly_these_names_and_shapes(name):
         assert digests(averages)["model_ema"] == known["parts"]["model_ema"]
         found |= averages
     for said in (config, written):  # their yaml, and the one that was written
-        about, weights = compvis_models.read(meta(found), said, "/nowhere/model.ckpt")
+        about, filled = compvis_models.read(meta(found), said, "/nowhere/model.ckpt")
         assert about["config"]["model"]["params"]["network"] == bundle.config["model"]["params"]["network"]
-        names = {key for key in weights if not key.startswith("ema.")}
-        assert {key: weights[key].shape for key in names} == {key: value.shape for key, value in bundle.state_dict().items()}
-        assert sum(key.startswith("ema.") for key in weights) in (0, sum(key.startswith("denoiser.") for key in names))
+        names = {key for key in filled if not key.startswith("ema.")}
+        assert {key: filled[key].shape for key in names} == {key: value.shape for key, value in bundle.state_dict().items()}
+        assert sum(key.startswith("ema.") for key in filled) in (0, sum(key.startswith("denoiser.") for key in names))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -198,7 +200,7 @@ def test_leftovers_and_gaps_are_counted_by_part():
     ("beta_schedule", "liner", "nearest: 'linear'"),
     ("parameterization", "epsilon", "parameterization"),
     ("cond_stage_config.target", "ldm.modules.encoders.modules.FrozenCLIPEmbeder", "nearest: 'FrozenCLIPEmbedder'"),
-    ("cond_stage_config.params.layer", "pooled", "'last' and 'hidden'"),
+    ("cond_stage_config.params.layer", "pooled", "'last' or 'hidden'"),
     ("first_stage_config.params.ddconfig.ch_mult", [1, 1], "first_stage_model"),
 ])  # fmt: skip
 def test_a_yaml_of_another_model_is_refused(path, value, said):

@@ -20,7 +20,7 @@ from ldm.denoiser import Denoiser, bind
 from ldm.edit import img2img, replace
 from ldm.guidance import batched, cfg, change_data
 from ldm.interop import unet_names
-from ldm.interop.compvis_conditions import UNET
+from ldm.interop.conditions import UNET
 from ldm.interop.rows import back, existing
 from ldm.likelihood import bits_per_dim, prior_kl
 from ldm.loss import DISTANCES, diffusion_loss
