@@ -1,13 +1,15 @@
-"""Loading a model of Stable Diffusion 1.5's size (network, autoencoder, text encoder; random weights), beside the ways of others.
+"""Loading a model of Stable Diffusion 1.5's size (network, autoencoder, text encoder; random weights), beside the ways of
+others.
 
     python -m benchmarks.loading [--rounds 3] [--folder logs/loading]
 
-Writes the model once, as a folder of diffusers and as a checkpoint of CompVis' layout, and a tiny one of the same kind; then each
-way loads it in a process of its own, in turns. "from the start" is from the start of the process to a model in eval mode, which is
-what a user waits for; "load" is the call alone, after the tiny model was loaded once, so that all is imported; "touched" adds
-reading a number of every page of the weights, for what is mapped is not read before. All in CPU seconds, so that other programs on
-the same cores disturb little. Memory is what the process takes at most from then on, in units of the file's size. CompVis' own code
-is not installed here: its way is torch.load, a network built with random weights, and load_state_dict that copies.
+Writes the model once, as a folder of diffusers and as a checkpoint of CompVis' layout, and a tiny one of the same kind; then
+each way loads it in a process of its own, in turns. "from the start" is from the start of the process to a model in eval mode,
+which is what a user waits for; "load" is the call alone, after the tiny model was loaded once, so that all is imported;
+"touched" adds reading a number of every page of the weights, for what is mapped is not read before. All in CPU
+seconds, so that other programs on the same cores disturb little. Memory is what the process takes at most from then on, in
+units of the file's size. CompVis' own code is not installed here: its way is torch.load, a network built with random weights,
+and load_state_dict that copies.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for way in WAYS:
             run = [sys.executable, "-m", "benchmarks.loading", "--folder", str(folder), "--way", way]
-            found[way].append(json.loads(subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+            printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+            found[way].append(json.loads(printed.splitlines()[-1]))
     print(table(found))
 
 
@@ -136,7 +139,8 @@ def measure(way: str, folder: Path) -> dict:
 def parameters(model):
     from torch import nn
 
-    parts = [model] if isinstance(model, nn.Module) else [part for part in model.components.values() if isinstance(part, nn.Module)]
+    parts = [model] if isinstance(model, nn.Module) else model.components.values()
+    parts = [part for part in parts if isinstance(part, nn.Module)]
     return [p for part in parts for p in part.parameters()]
 
 
@@ -146,8 +150,9 @@ def loader(way: str) -> Callable[[Path], object]:
 
     logging.disable(logging.WARNING)
     if way == "diffusers":
-        import ldm  # noqa: F401  (repairs torchvision)
         from diffusers import StableDiffusionPipeline
+
+        import ldm  # noqa: F401  (repairs torchvision)
 
         return lambda path: StableDiffusionPipeline.from_pretrained(path)
     if way.startswith("ldm"):
@@ -178,7 +183,8 @@ def compvis(path: Path):
 
 def table(found: dict[str, list[dict]]) -> str:
     """As Markdown; ratios within a round, of each of the others to ours in the same layout."""
-    lines = ["| | from the start, s | load, s | touched, s | memory, MB | of the file | from the start, to ours | load | touched |",
+    lines = ["| | from the start, s | load, s | touched, s | memory, MB | of the file "
+             "| from the start, to ours | load | touched |",
              "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for i, (way, runs) in enumerate(found.items()):
         ours = found[WAYS[i - i % 2]]

@@ -16,8 +16,8 @@ from importlib import import_module
 from ldm.app import terminal
 from ldm.common.files import UserError, nearest
 
-COMMANDS = ("txt2img", "generate", "img2img", "inpaint", "upscale", "interpolate", "variations", "edit", "reconstruct", "evaluate",
-            "check-autoencoder", "compare-autoencoders", "average", "convert", "data", "info")
+COMMANDS = ("txt2img", "generate", "img2img", "inpaint", "upscale", "interpolate", "variations", "edit", "reconstruct",
+            "evaluate", "check-autoencoder", "compare-autoencoders", "average", "convert", "data", "info")
 
 
 class Parser(argparse.ArgumentParser):

@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_name(out: Path, layout: str) -> None:
-    wanted = {"ldm": (".safetensors", ".ckpt"), "compvis": (".ckpt", ".safetensors"), "adm": (".pt",), "dit": (".pt",)}.get(layout)
+    either, pickled = (".safetensors", ".ckpt"), (".pt",)
+    wanted = {"ldm": either, "compvis": either[::-1], "adm": pickled, "dit": pickled}.get(layout)
     if wanted and out.suffix not in wanted:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(wanted)}")
     if layout == "diffusers" and out.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):

@@ -86,8 +86,8 @@ def team() -> Iterator[None]:
         yield
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise UserError(f"{' and '.join(missing)}: not set, so that {world()} processes cannot find one another; export the name "
-                        "of the first machine, and a port that is free on it")
+        raise UserError(f"{' and '.join(missing)}: not set, so that {world()} processes cannot find one another; export the "
+                        "name of the first machine, and a port that is free on it")
     os.environ |= {"RANK": str(rank()), "WORLD_SIZE": str(world())}
     meet(rank(), world(), torch.device("cpu"))
     try:

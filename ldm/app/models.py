@@ -118,7 +118,8 @@ def pick_device(name: str | None) -> torch.device:
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is None:  # of several processes on a machine each has its own
         own = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) if has["cuda"] else 0
-        return torch.device(f"cuda:{own % torch.cuda.device_count()}" if own else "cuda") if has["cuda"] else torch.device("cpu")
+        cuda = f"cuda:{own % torch.cuda.device_count()}" if own else "cuda"
+        return torch.device(cuda if has["cuda"] else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

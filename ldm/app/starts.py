@@ -73,8 +73,8 @@ def misfits(stage: Stage, module: Any, bundle: Bundle) -> list[str]:
     expected, found = bundle.about.get("encoder_hash"), getattr(conditioner, "encoder_hash", None) if not told else None
     if expected and found and expected != found:
         told.append(f"conditioner: its text encoder has the hash {expected}, this config's {found}")
-    return [f"--init-from {stage.init_from}: it is not the model of this config: {'; '.join(told)}; give the config that it was "
-            "trained with (its run folder has it); --resume goes on with a run"] if told else []  # fmt: skip
+    return [f"--init-from {stage.init_from}: it is not the model of this config: {'; '.join(told)}; give the config that it "
+            "was trained with (its run folder has it); --resume goes on with a run"] if told else []  # fmt: skip
 
 
 def begin(stage: Stage, module: Any, trust: bool) -> str:
@@ -92,8 +92,8 @@ def begin(stage: Stage, module: Any, trust: bool) -> str:
     if bundle.denoiser is not None and whole is not module.autoencoder:
         hashes = [model.content_hash() for model in (bundle.autoencoder, module.autoencoder)]
         if hashes[0] != hashes[1]:
-            log.warning("%s was trained on the latents of another autoencoder (hash %s) than this config names (hash %s); to keep "
-                        "its own: autoencoder={ckpt: %s}", stage.init_from, *hashes, stage.init_from)
+            log.warning("%s was trained on the latents of another autoencoder (hash %s) than this config names (hash %s); to "
+                        "keep its own: autoencoder={ckpt: %s}", stage.init_from, *hashes, stage.init_from)
     for ema in (module.ema, *(getattr(module, "averages", None) or ())):
         if ema is not None:
             ema.shadow.load_state_dict(whole.state_dict())

@@ -33,8 +33,8 @@ class Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-MAKING = {getattr(torch, name) for name in ("arange empty empty_strided eye full linspace logspace ones rand randint randn randperm "
-                                            "scalar_tensor tensor zeros").split()}  # fmt: skip
+MAKING = {getattr(torch, name) for name in ("arange empty empty_strided eye full linspace logspace ones rand randint randn "
+                                            "randperm scalar_tensor tensor zeros").split()}  # fmt: skip
 FILLING = {Tensor.uniform_, Tensor.normal_, Tensor.zero_, Tensor.fill_, nn.init.uniform_, nn.init.normal_, nn.init.constant_,
            nn.init.kaiming_uniform_, nn.init.kaiming_normal_}  # fmt: skip
 

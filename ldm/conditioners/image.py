@@ -51,9 +51,9 @@ class ImageEmbedding(Conditioner):
                             "or the width of embeddings that are given, which are no patches")
         if ((to == "vector" and (width or count != 1)) or (to != "vector" and noise) or (to == "patches" and count != 1)
                 or (level_width and noise is None)):  # fmt: skip
-            raise UserError(f"ImageEmbedding: to {to!r} does not go with width {width}, count {count}, noise {noise}, level_width "
-                            f"{level_width}; width is of tokens, count of tokens of one embedding, noise of a vector, level_width "
-                            "of noise")
+            raise UserError(f"ImageEmbedding: to {to!r} does not go with width {width}, count {count}, noise {noise}, "
+                            f"level_width {level_width}; width is of tokens, count of tokens of one embedding, noise of a "
+                            "vector, level_width of noise")
         self.embedding_width = embedding_width or self.encoder.facts.width
         self.to_what, self.count, self.key, self.dropout = to, count, key, check_dropout(dropout)
         self.noise = None if noise is None else Augmentation(noise, max_noise_level, noise_level)

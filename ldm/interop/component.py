@@ -49,7 +49,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if not file.name.endswith(".index.json"):
         return tensors_in(file)
     shards = read_json(file).get("weight_map")
-    if not isinstance(shards, Mapping) or not all(isinstance(name, str) and Path(name).name == name for name in shards.values()):
+    if (not isinstance(shards, Mapping)
+            or not all(isinstance(name, str) and Path(name).name == name for name in shards.values())):  # fmt: skip
         raise UserError(f"{file}: expected a weight_map of names of files beside it")
     found: dict[str, Tensor] = {}
     for name in dict.fromkeys(shards.values()):

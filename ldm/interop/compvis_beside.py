@@ -49,8 +49,9 @@ def low_scale(around: Around) -> Part:
         raise UserError(f"{model.place}.target: {model['target']} is not known here; read is ImageConcatWithNoiseAugmentation")
     noise, levels = schedule_of(said.block("noise_schedule_config")), around.unet.whole("num_classes")
     steps = said.block("noise_schedule_config").whole("timesteps", 1000)
-    values = {"channels": around.extra, "noise": noise, "max_noise_level": said.whole("max_noise_level", 1000), "level": "class",
-              "level_width": 4 * around.unet.whole("model_channels"), **({"levels": levels} if levels != steps else {})}
+    values = {"channels": around.extra, "noise": noise, "max_noise_level": said.whole("max_noise_level", 1000),
+              "level": "class", "level_width": 4 * around.unet.whole("model_channels"),
+              **({"levels": levels} if levels != steps else {})}
     return Part("ldm.conditioners.low_resolution.LowResolution", values, pair("embedding", f"{UNET}label_emb", ["weight"]))
 
 
@@ -62,7 +63,8 @@ def image_embedding(around: Around) -> Part:
     if augment:
         name, said = augment.named
         if name != "CLIPEmbeddingNoiseAugmentation":
-            raise UserError(f"{augment.place}.target: {augment['target']} is not known here; read is CLIPEmbeddingNoiseAugmentation")
+            raise UserError(f"{augment.place}.target: {augment['target']} is not known here; read is "
+                            "CLIPEmbeddingNoiseAugmentation")
         schedule, level = said.block("noise_schedule_config"), said.whole("timestep_dim", 256)
         width -= level
         values |= {"noise": schedule_of(schedule), "max_noise_level": said.whole("max_noise_level", 1000),
@@ -81,18 +83,19 @@ UNBATCHED = Change(lambda row: row.flatten(), lambda row: row[None])
 
 
 def statistics(said: Said, around: Around, width: int) -> dict[str, Tensor]:
-    """Mean and deviation (D,) of the embeddings, which the yaml has in a file of their own; 0 and 1 where that is not at hand."""
+    """Mean and deviation (D,) of the embeddings, which the yaml has in a file of its own; 0 and 1 where it is not at hand."""
     path = said.word("clip_stats_path", None)
     file = next((file for file in (around.folder / str(path), around.folder / Path(str(path)).name) if file.is_file()), None)
     if file is None:
         if path is not None:
-            log.warning("%s.clip_stats_path: there is no %s beside the checkpoint; embeddings are taken to have mean 0 and deviation 1, "
-                        "so that noise on them is not what the model was trained with", said.place, path)
+            log.warning("%s.clip_stats_path: there is no %s beside the checkpoint; embeddings are taken to have mean 0 and "
+                        "deviation 1, so that noise on them is not what the model was trained with", said.place, path)
         return {"mean": torch.zeros(max(width, 0)), "std": torch.ones(max(width, 0))}
     try:
         mean, std = (each.flatten().float() for each in torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: expected mean and deviation of embeddings, two tensors: {' '.join(str(error).split())[:150]}") from error
+        why = " ".join(str(error).split())[:150]
+        raise UserError(f"{file}: expected mean and deviation of embeddings, two tensors: {why}") from error
     if mean.shape != (width,) or std.shape != (width,):
         raise UserError(f"{file}: statistics of {len(mean)} and {len(std)} numbers, the embeddings have {width}")
     return {"mean": mean, "std": std}

@@ -81,14 +81,14 @@ def _as_it_is(said: Said, around: Around) -> Part:
     """A small picture, or embeddings of neighbours."""
     if around.extra:
         return Part("ldm.conditioners.low_resolution.LowResolution", {"channels": around.extra})
-    width = around.unet.whole("context_dim")
-    return Part("ldm.conditioners.neighbours.Neighbours", {"embedding_width": width, "count": 20, "normalise": False}, [], CLASSES)
+    values = {"embedding_width": around.unet.whole("context_dim"), "count": 20, "normalise": False}
+    return Part("ldm.conditioners.neighbours.Neighbours", values, [], CLASSES)
 
 
 def _first_stage(around: Around) -> Part:
     """LDM's inpainting: the masked picture's raw latent, then the mask, from -1 to 1."""
     latent = around.params.whole("channels", 3)
     if around.extra != latent + 1:
-        raise UserError(f"{around.params.place}.cond_stage_config: __is_first_stage__ with {around.extra} channels beside x_t; read "
-                        f"is a masked picture's latent and a mask, {latent + 1}")
+        raise UserError(f"{around.params.place}.cond_stage_config: __is_first_stage__ with {around.extra} channels beside x_t; "
+                        f"read is a masked picture's latent and a mask, {latent + 1}")
     return Part("ldm.conditioners.spatial.MaskedImage", {"mask_first": False, "signed_mask": True, "raw": True, "fill": -1.0})

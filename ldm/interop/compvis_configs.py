@@ -1,4 +1,4 @@
-"""What a yaml of CompVis or Stability says of a diffusion model, as a config of ours: process, network, conditions, sampling."""
+"""What a yaml of CompVis or Stability says of a diffusion model, as a config of ours: process, network, conditions, sampler."""
 
 from __future__ import annotations
 

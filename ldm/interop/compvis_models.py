@@ -65,7 +65,8 @@ def planned(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) 
     found = {name: value.float() if name.startswith("autoencoder.") else value for name, value in found.items()}
     found |= averaged(rows, tensors, origin) | beside
     found |= {f"autoencoder.{name}": value for name, value in names.own(bundle.autoencoder.state_dict()).items()}
-    found["autoencoder.scale"] = found["autoencoder.scale"] / tensors.get("scale_factor", params.number("scale_factor", 1.0, above=0))
+    factor = tensors.get("scale_factor", params.number("scale_factor", 1.0, above=0))
+    found["autoencoder.scale"] = found["autoencoder.scale"] / factor
     if "scale_factor" in tensors:
         found["autoencoder.statistics_count"] += 1  # measured, on a batch of nobody knows how many
     found = unfolded(found, tensors)

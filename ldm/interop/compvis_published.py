@@ -29,8 +29,8 @@ def recognised(tensors: Mapping[str, Tensor], origin: str) -> dict:
     if kind == "open_clip" and taken == 9 and width == 320:
         return stable_diffusion(2, inpainting=True)
     if kind == "open_clip" and taken == 4:
-        raise UserError(f"{origin}: Stable Diffusion 2, of which there are models of noise (512-base, v2-inference.yaml) and of v "
-                        f"(768, v2-inference-v.yaml) with the same weights: {NEEDED}")
+        raise UserError(f"{origin}: Stable Diffusion 2, of which there are models of noise (512-base, v2-inference.yaml) and "
+                        f"of v (768, v2-inference-v.yaml) with the same weights: {NEEDED}")
     raise UserError(f"{origin}: a diffusion model in the layout of CompVis whose shapes are not those of a published one known "
                     f"here (Stable Diffusion 1, 2-inpainting, XL, LDM's 1.4B text model): {NEEDED}")
 
@@ -44,14 +44,15 @@ MARKS = {  # what names begin with, the most telling first
 
 def autoencoder(kind: str = "ldm.models.autoencoder.AutoencoderKL") -> dict:
     """KL f8 with 4 channels, of all Stable Diffusions."""
-    dd = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4],
-          "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
+    dd = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+          "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
     return {"target": kind, "params": {"embed_dim": 4, "ddconfig": dd}}
 
 
 def unet(**params: object) -> dict:
     common = {"out_channels": 4, "model_channels": 320, "attention_resolutions": [4, 2, 1], "num_res_blocks": 2,
-              "channel_mult": [1, 2, 4, 4], "use_spatial_transformer": True, "transformer_depth": 1, "legacy": False}  # fmt: skip
+              "channel_mult": [1, 2, 4, 4], "use_spatial_transformer": True, "transformer_depth": 1,
+              "legacy": False}  # fmt: skip
     return {"target": f"{LATENT.removesuffix('models.diffusion.ddpm.')}modules.diffusionmodules.openaimodel.UNetModel",
             "params": common | params}
 

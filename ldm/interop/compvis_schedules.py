@@ -46,7 +46,8 @@ def schedule_of(said: Said) -> dict:
         return block
     name, steps = said.one("beta_schedule", SCHEDULES, "linear"), said.whole("timesteps", 1000)
     if name != "cosine":
-        return _ddpm(name, steps, start=said.number("linear_start", 1e-4, above=0), end=said.number("linear_end", 2e-2, above=0))
+        ends = {"start": said.number("linear_start", 1e-4, above=0), "end": said.number("linear_end", 2e-2, above=0)}
+        return _ddpm(name, steps, **ends)
     own = said.get("beta_schedule") == "cosine"  # the other has one shift, this one's default
     return _ddpm(name, steps, start=said.number("cosine_s", 8e-3, above=0) if own else 8e-3)
 
@@ -74,8 +75,8 @@ def params_of(process: Any, block: Mapping | None) -> dict:
 
 
 def buffers(process: Discrete, prefix: str = "") -> dict[str, Tensor]:
-    """The tables that their checkpoints hold: computed in double precision, kept in single. Those of the reverse chain belong to
-    the model itself, which has no prefix."""
+    """The tables that their checkpoints hold: computed in double precision, kept in single. Those of the reverse chain belong
+    to the model itself, which has no prefix."""
     betas, bar = process.betas, process.alpha_bar
     before = torch.cat([bar.new_ones(1), bar[:-1]])
     step = step_posterior(bar.sqrt(), (1 - bar).sqrt(), before.sqrt(), (1 - before).sqrt())

@@ -97,14 +97,16 @@ def params_of(network: nn.Module, params: Mapping[str, Any], in_channels: int, o
     if mult[0] != 1 or middle is None:
         raise UserError(f"CompVis has no UNet with channel_mult that begins with {mult[0]}, only 1" if mult[0] != 1 else
                         "CompVis has no UNet without attention in the middle")
-    found = {theirs: params[ours] for theirs, ours in SAME.items() if theirs not in DEFAULTS or params[ours] != DEFAULTS[theirs]}
+    found = {theirs: params[ours] for theirs, ours in SAME.items()
+             if theirs not in DEFAULTS or params[ours] != DEFAULTS[theirs]}  # fmt: skip
     found |= {"image_size": 32, "in_channels": in_channels, "out_channels": out_channels, "channel_mult": mult,
               "attention_resolutions": [2**level for level, depth in enumerate(depths) if depth]}  # fmt: skip
     text = params["attention"] == "transformer"
     if params["head_channels"]:
         found["num_head_channels"] = params["head_channels"]
     elif isinstance(params["num_heads"], (list, tuple)) and len(set(params["num_heads"])) > 1:
-        raise UserError(f"CompVis has no UNet with num_heads {list(params['num_heads'])}: one number for all levels, or head_channels")
+        raise UserError(f"CompVis has no UNet with num_heads {list(params['num_heads'])}: one number for all levels, or "
+                        "head_channels")
     else:
         heads = params["num_heads"]
         found["num_heads"] = heads[0] if isinstance(heads, (list, tuple)) else heads

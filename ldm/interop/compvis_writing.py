@@ -32,8 +32,8 @@ TOKENIZER = "tokenizer"
 
 
 class Stage(NamedTuple):
-    """A condition as CompVis has it: what it adds to the diffusion model's params and to its network's, rows of its weights, its
-    kind of model, tables that stand among the weights."""
+    """A condition as CompVis has it: what it adds to the diffusion model's params and to its network's, rows of its weights,
+    its kind of model, tables that stand among the weights."""
 
     params: dict[str, Any]
     rows: list[Row] = []
@@ -115,7 +115,8 @@ def _clip(conditioner: Any, params: Mapping) -> Stage:
     if conditioner.pad == conditioner.end and params["activation"] == "quick_gelu" and params["projection"] is None:
         table = text_names.hf_clip(layers, f"{COND}transformer.")
         tables = text_names.position_ids(params["max_length"], f"{COND}transformer.")
-        which = {} if conditioner.layer == layers and params["final_norm"] else {"layer": "hidden", "layer_idx": conditioner.layer}
+        last = conditioner.layer == layers and params["final_norm"]
+        which = {} if last else {"layer": "hidden", "layer_idx": conditioner.layer}
         if which and params["final_norm"]:
             raise UserError(f"FrozenCLIPEmbedder has no layer {conditioner.layer} with the final norm")
         version = "openai/clip-vit-large-patch14" if params["vocab_size"] == GENUINE else TOKENIZER
@@ -126,7 +127,8 @@ def _clip(conditioner: Any, params: Mapping) -> Stage:
         if arch is None or behind > 1 or not params["final_norm"] or params["activation"] != "gelu":
             raise UserError(f"FrozenOpenCLIPEmbedder has no encoder of {heads} heads read {behind} blocks before its end with "
                             f"final_norm {params['final_norm']}, {params['activation']}")
-        table, tables = text_names.open_clip(layers, f"{COND}model.", params["projection"] is not None, params["logit_scale"]), {}
+        projects, tables = params["projection"] is not None, {}
+        table = text_names.open_clip(layers, f"{COND}model.", projects, params["logit_scale"])
         target, values = "FrozenOpenCLIPEmbedder", {"arch": arch, "layer": "penultimate" if behind else "last"}
     return _words(target, values, table)._replace(tables=tables)
 
@@ -154,7 +156,8 @@ def _label(conditioner: Any, params: Mapping) -> Stage:
     rows = conditioner.rows
     if conditioner.to_vector:
         return Stage({}, pair("embedding", f"{UNET}label_emb", ["weight"]), unet={"num_classes": rows})
-    stage = {"target": f"{ENCODERS}ClassEmbedder", "params": {"embed_dim": params["width"], "n_classes": rows, "key": "class_label"}}
+    values = {"embed_dim": params["width"], "n_classes": rows, "key": "class_label"}
+    stage = {"target": f"{ENCODERS}ClassEmbedder", "params": values}
     return Stage({"conditioning_key": "crossattn", "cond_stage_key": "class_label", "cond_stage_trainable": True,
                   "cond_stage_config": stage}, pair("embedding", f"{COND}embedding", ["weight"]))  # fmt: skip
 
@@ -165,8 +168,8 @@ def _semantic(conditioner: Any, params: Mapping) -> Stage:
     values = {"n_stages": params["stages"], "in_channels": params["classes"], "out_channels": params["width"],
               "method": params["resize"], "bias": params["bias"]}  # fmt: skip
     stage = {"target": f"{ENCODERS}SpatialRescaler", "params": values}
-    return Stage({"concat_mode": True, "cond_stage_key": "segmentation", "cond_stage_trainable": True, "cond_stage_config": stage},
-                 pair("channel_mapper", f"{COND}channel_mapper"))  # fmt: skip
+    return Stage({"concat_mode": True, "cond_stage_key": "segmentation", "cond_stage_trainable": True,
+                  "cond_stage_config": stage}, pair("channel_mapper", f"{COND}channel_mapper"))  # fmt: skip
 
 
 def _low_resolution(conditioner: Any, params: Mapping) -> Stage:
@@ -175,10 +178,12 @@ def _low_resolution(conditioner: Any, params: Mapping) -> Stage:
     if params["level"] != "class" or params["resize"] != "none":
         raise UserError("Stable Diffusion's upscaler has pictures of the latents' size, and their noise's level as a class")
     model = {"target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
-             "params": {"noise_schedule_config": _schedule(conditioner.noise, params), "max_noise_level": conditioner.noise.stop}}
+             "params": {"noise_schedule_config": _schedule(conditioner.noise, params),
+                        "max_noise_level": conditioner.noise.stop}}
     return Stage({"low_scale_key": "lr", "low_scale_config": model, "conditioning_key": "hybrid-adm"},
                  pair("embedding", f"{UNET}label_emb", ["weight"]), "LatentUpscaleDiffusion",
-                 {"num_classes": conditioner.embedding.num_embeddings}, compvis_schedules.buffers(conditioner.noise.process, "low_scale_model."))  # fmt: skip
+                 {"num_classes": conditioner.embedding.num_embeddings},
+                 compvis_schedules.buffers(conditioner.noise.process, "low_scale_model."))  # fmt: skip
 
 
 def _masked(conditioner: Any, params: Mapping) -> Stage:
@@ -262,7 +267,7 @@ def _autoencoder(bundle: Bundle) -> tuple[dict[str, Tensor], dict, float]:
 
 def _parameterization(name: Any) -> str:
     if name not in PARAMETERIZATIONS:
-        raise UserError(f"CompVis has no parameterization {name!r}; it has those that are called {', '.join(PARAMETERIZATIONS)} here")
+        raise UserError(f"CompVis has no parameterization {name!r}; it has those called {', '.join(PARAMETERIZATIONS)} here")
     return PARAMETERIZATIONS[name]
 
 

@@ -19,8 +19,8 @@ DROPOUT = 0.1  # share of samples that the published models were trained on with
 
 
 class Part(NamedTuple):
-    """A conditioner of ours; rows of its weights, ours beginning where it does; the scale of guidance that suits it; and weights
-    that are not among the tensors of the file."""
+    """A conditioner of ours; rows of its weights, ours beginning where it does; the scale of guidance that suits it; and
+    weights that are not among the tensors of the file."""
 
     target: str
     params: dict[str, Any]

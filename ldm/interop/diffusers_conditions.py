@@ -80,8 +80,8 @@ def _beside(folder: Folder) -> Part:
         return Part("ldm.conditioners.spatial.Depth", {})
     if extra == latent:  # InstructPix2Pix; its latent is the encoder's own
         return Part("ldm.conditioners.spatial.Picture", {"key": "image", "latent": "raw", "dropout": 0.05})
-    raise UserError(f"{folder.path}: the UNet takes {extra} channels beside x_t, which belong to no task known here (mask and masked "
-                    f"picture {latent + 1}, depth 1, a picture's latent {latent})")
+    raise UserError(f"{folder.path}: the UNet takes {extra} channels beside x_t, which belong to no task known here (mask and "
+                    f"masked picture {latent + 1}, depth 1, a picture's latent {latent})")
 
 
 def _low_resolution(folder: Folder) -> Part:
@@ -101,7 +101,8 @@ def _texts(folder: Folder) -> Iterator[Part]:
         if kind is None:
             continue
         if not kind.startswith("CLIPText"):
-            raise UserError(f"{folder.path}: {part}: {kind} is not read; read are CLIPTextModel and CLIPTextModelWithProjection")
+            raise UserError(f"{folder.path}: {part}: {kind} is not read; read are CLIPTextModel and "
+                            "CLIPTextModelWithProjection")
         options: dict[str, Any] = {"dropout": DROPOUT}
         if folder.is_xl:
             options |= {"layer": -2, "final_norm": False, "zero_null": folder.index.flag("force_zeros_for_empty_prompt", True)}

@@ -40,8 +40,8 @@ def read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def planned(path: Path) -> tuple[dict, dict[str, Tensor], Bundle | None]:
-    """-> what a checkpoint of ours would say of this model; its weights by the names of a Bundle; the Bundle without weights, if
-    one was made.
+    """-> what a checkpoint of ours would say of this model; its weights by the names of a Bundle; the Bundle without weights,
+    if one was made.
 
     Raises:
         UserError: for parts that are missing, damaged, or have no counterpart here.
@@ -51,8 +51,8 @@ def planned(path: Path) -> tuple[dict, dict[str, Tensor], Bundle | None]:
         return *_transformer(folder), None
     if "unet" not in folder.index:
         alone = f"; its autoencoder alone is in {path / 'vae'}" * (path / "vae").is_dir()
-        raise UserError(f"{path}: a pipeline folder of diffusers without a unet ({folder.index.get('_class_name')}); read are those "
-                        f"with one, and DiT's{alone}")
+        raise UserError(f"{path}: a pipeline folder of diffusers without a unet ({folder.index.get('_class_name')}); read are "
+                        f"those with one, and DiT's{alone}")
     unknown = [name for name in folder.index if folder.kind(name) and name not in SKIPPED]
     if unknown:
         raise UserError(f"{path / INDEX}: parts that are not known here: {', '.join(unknown)}{near(unknown[0], SKIPPED)}")

@@ -31,7 +31,8 @@ ONLY = {  # settings that have one value here; others build another network
 READ_HERE = ("in_channels", "out_channels", "down_block_types", "up_block_types", "block_out_channels", "layers_per_block",
              "attention_head_dim", "num_attention_heads", "transformer_layers_per_block", "cross_attention_dim",
              "use_linear_projection", "only_cross_attention", "norm_num_groups", "dropout",
-             "num_class_embeds", "projection_class_embeddings_input_dim", "addition_time_embed_dim", "add_attention")  # fmt: skip
+             "num_class_embeds", "projection_class_embeddings_input_dim", "addition_time_embed_dim",
+             "add_attention")  # fmt: skip
 IGNORED = ("sample_size", "upcast_attention", "addition_embed_type_num_heads", "num_train_timesteps",
            "mid_block_only_cross_attention")  # fmt: skip  (the last: its middle block does not look at it)
 
@@ -54,7 +55,8 @@ def block_of(config: Mapping, origin: str) -> tuple[dict, Sizes]:
         raise UserError(f"{origin}: _class_name: {kind!r}; read are {TEXT} and {PLAIN}")
     for name, value in config.items():
         if name in ONLY and value not in ONLY[name]:
-            raise UserError(f"{origin}: {name}: {value!r} has no counterpart here; read is {' or '.join(map(repr, ONLY[name]))}")
+            raise UserError(f"{origin}: {name}: {value!r} has no counterpart here; read is "
+                            f"{' or '.join(map(repr, ONLY[name]))}")
         if name not in (*ONLY, *READ_HERE, *IGNORED) and not name.startswith("_") and value is not None:
             raise UserError(f"{origin}: {name}: {value!r} has no counterpart here{near(name, READ_HERE)}")
     said, text = Said(config, origin), kind == TEXT
@@ -191,7 +193,8 @@ def _vector(said: Said, first: int) -> tuple[str | None, int | None, str]:
     kind, classes = said.get("class_embed_type"), said.whole("num_class_embeds", None)
     if said.get("addition_embed_type") == "text_time":
         if kind is not None or classes is not None:
-            raise said.refused("addition_embed_type", f"it alone, without class_embed_type {kind!r} and num_class_embeds {classes}")
+            raise said.refused("addition_embed_type", "it alone, without "
+                               f"class_embed_type {kind!r} and num_class_embeds {classes}")
         return "mlp", said.whole("projection_class_embeddings_input_dim"), "add_embedding"
     if kind == "projection":
         return "mlp", said.whole("projection_class_embeddings_input_dim"), "class_embedding"

@@ -31,8 +31,9 @@ Piece = tuple[dict, dict[str, Tensor]]  # config.json, weights
 
 
 def write(bundle: Bundle, path: Path) -> None:
-    """A folder that diffusers loads: a pipeline, or an autoencoder where that is all there is. Latents that are shifted, or scaled by channel, are at unit scale there already (see
-    ``folding``); what was changed for that stands in ldm.safetensors, so that reading gives back every bit.
+    """A folder that diffusers loads: a pipeline, or an autoencoder where that is all there is. Latents that are shifted, or
+    scaled by channel, are at unit scale there already (see ``folding``); what was changed for that stands in ldm.safetensors,
+    so that reading gives back every bit.
 
     Raises:
         UserError: where diffusers has no such network, process, condition or pipeline, or the folder exists.
@@ -115,7 +116,8 @@ def _pipeline(conditions: list, vae: Piece | None) -> str:
 
 PIPELINES = {
     ("ClipText",): "StableDiffusionPipeline", ("ClipText", "MaskedImage"): "StableDiffusionInpaintPipeline",
-    ("ClipText", "ClipText", "Numbers"): "StableDiffusionXLPipeline", ("ClipText", "Numbers"): "StableDiffusionXLImg2ImgPipeline",
+    ("ClipText", "ClipText", "Numbers"): "StableDiffusionXLPipeline",
+    ("ClipText", "Numbers"): "StableDiffusionXLImg2ImgPipeline",
     ("BertText",): "LDMTextToImagePipeline", ("LowResolution",): "LDMSuperResolutionPipeline",
 }  # fmt: skip
 EMPTY = {  # parts that a pipeline may lack, and says so
@@ -131,8 +133,9 @@ def _network(bundle: Bundle, params: Mapping, conditions: list, kind: str) -> Pi
     """The UNet; a table of classes is part of it there."""
     network, conditioner = bundle.denoiser.network, bundle.conditioner
     vector = "add_embedding" if "XL" in kind else "class_embedding"
-    sizes = diffusers_unet.Sizes(network.conv_in.in_channels, network.conv_out.out_channels, getattr(conditioner, "width", None),
-                                 getattr(conditioner, "vector_width", None), vector)  # fmt: skip
+    sizes = diffusers_unet.Sizes(network.conv_in.in_channels, network.conv_out.out_channels,
+                                 getattr(conditioner, "width", None), getattr(conditioner, "vector_width", None),
+                                 vector)  # fmt: skip
     size = bundle.sampling.get("size")
     config = diffusers_unet.config_of(network, params, sizes, size[0] // bundle.autoencoder.factor if size else None)
     if vector == "add_embedding":
@@ -170,7 +173,8 @@ def _clip(part: ClipText, params: dict, path: Path, index: dict, kind: str) -> N
     if not xl and not params["final_norm"]:
         raise UserError("Stable Diffusion reads texts after the final norm, this model before it (final_norm: false)")
     if not xl and part.layer < layers:
-        log.warning("%s: the text encoder's blocks after the %dth, which the model does not read, are left out", path, part.layer)
+        log.warning("%s: the text encoder's blocks after the %dth, which the model does not read, are left out", path,
+                    part.layer)
         layers = part.layer
     name, words = ("text_encoder_2", "tokenizer_2") if second else ("text_encoder", "tokenizer")
     config = text_folders.config_of(part, params | {"layers": layers})

@@ -31,9 +31,9 @@ def folded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     shift, scale = weights["shift"], weights["scale"]
     if "bottleneck.codebook" in weights or not all(name in weights for name in KEPT):
-        raise UserError("this autoencoder's latents have a shift and scale for every channel, which other programs do not know, and "
-                        "no pair of 1x1 convolutions that could do it: one scale for all channels would be (set_statistics), or "
-                        "a KL autoencoder with pre: true, post: true")
+        raise UserError("this autoencoder's latents have a shift and scale for every channel, which other programs do not "
+                        "know, and no pair of 1x1 convolutions that could do it: one scale for all channels would be "
+                        "(set_statistics), or a KL autoencoder with pre: true, post: true")
     w, b, c = weights["pre.weight"].double(), weights["pre.bias"].double(), len(shift)
     s, m = scale.double(), shift.double()
     pre = torch.cat([w[:c] / s.view(-1, 1, 1, 1), w[c:]])

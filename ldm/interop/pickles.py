@@ -1,8 +1,8 @@
 """What torch.save wrote, as data: tensors, numbers, text and containers out of a pickle, of which nothing is run or imported.
 
 A pickle may name anything and call it, and other people's checkpoints name classes (Lightning's callbacks, configs). Here every
-name but those that put tensors together becomes a stand-in, which takes whatever is done to it and does nothing. A file may also
-say that it is larger than it is: what it unpacks to is bounded by its own size, and known before it is unpacked.
+name but those that put tensors together becomes a stand-in, which takes whatever is done to it and does nothing. A file may
+also say that it is larger than it is: what it unpacks to is bounded by its own size, and known before it is unpacked.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ def unpickle(data: bytes, storage: Callable[[tuple], Storage]) -> Found:
 
 
 def count(data: bytes) -> int:
-    """-> the operations of a pickle, of which none is carried out. ValueError where it is longer, or nested deeper, than any checkpoint:
-    Python itself breaks on tuples in tuples a million deep, as soon as one is a name in a dict."""
+    """-> the operations of a pickle, of which none is carried out. ValueError where it is longer, or nested deeper, than any
+    checkpoint: Python itself breaks on tuples in tuples a million deep, as soon as one is a name in a dict."""
     stack: list[int | None] = []  # how deep each object is; None: a mark
     memo: dict[int, int] = {}
     for number, (operation, argument, _) in enumerate(pickletools.genops(data)):

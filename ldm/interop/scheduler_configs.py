@@ -153,7 +153,8 @@ def classes(sampler: str | Mapping) -> list[tuple[str, Settings]]:
         kinds = {"large": "fixed_large", "learned_range": "learned_range"}
         return [("DDPM", {"variance_type": kinds.get(o["variance"], "fixed_small")})]
     if name == "unipc":
-        return [("UniPCMultistep", said | {"solver_order": o["order"], "solver_type": o["variant"], "predict_x0": o["of"] == "data",
+        return [("UniPCMultistep", said | {"solver_order": o["order"], "solver_type": o["variant"],
+                                           "predict_x0": o["of"] == "data",
                                            "disable_corrector": [] if o["corrector"] else list(range(1000))})]  # fmt: skip
     return {
         "plms": [("PNDM", {"skip_prk_steps": o.get("start") == "euler"})], "euler": [("EulerDiscrete", {})],
@@ -205,7 +206,8 @@ def differences(config: Mapping, made: Process, sampling: Mapping) -> list[str] 
     if sampler_of(sampling["sampler"]) != sampler_of(walk["sampler"]):
         told.append("sampler")
     ours, theirs = (steps_of(make_times(each["times"], process, steps)) for process, each in ((made, sampling), (again, walk)))
-    if len(ours) != len(theirs) or not all(map(partial(torch.allclose, rtol=1e-4, atol=1e-5), made.exact(ours), again.exact(theirs))):
+    near = partial(torch.allclose, rtol=1e-4, atol=1e-5)
+    if len(ours) != len(theirs) or not all(map(near, made.exact(ours), again.exact(theirs))):
         told.append("times")
     elif (made.time(ours[:, 0]) - again.time(theirs[:, 0])).abs().max() > APART:
         told.append("what the network is told of time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 
 from ldm.common.files import UserError
@@ -11,10 +12,10 @@ from ldm.interop.conditions import DROPOUT, NUMBERS, Around, Part
 from ldm.interop.said import Said
 
 KEYS = {"original_size_as_tuple": ("original_size", 2), "crop_coords_top_left": ("crop", 2),
-           "target_size_as_tuple": ("target_size", 2), "aesthetic_score": ("aesthetic", 1)}  # fmt: skip
+        "target_size_as_tuple": ("target_size", 2), "aesthetic_score": ("aesthetic", 1)}  # fmt: skip
 TEXTS = {  # embedder -> reader, where its names begin
     "FrozenCLIPEmbedder": (compvis_texts.clip, "transformer."), "FrozenOpenCLIPEmbedder": (compvis_texts.open_clip, "model."),
-    "FrozenOpenCLIPEmbedder2": (lambda said, around, prefix: compvis_texts.open_clip(said, around, prefix, pools=True), "model."),
+    "FrozenOpenCLIPEmbedder2": (partial(compvis_texts.open_clip, pools=True), "model."),
 }  # fmt: skip
 
 

@@ -78,7 +78,8 @@ def x_transformer(layers: int, prefix: str = "", logits: bool = True) -> list[Ro
 
 def diffusers_bert(layers: int, prefix: str = "", logits: bool = True) -> list[Row]:
     """LDM's text encoder as diffusers keeps it (LDMBertModel)."""
-    inside = {"norm1": "self_attn_layer_norm", "out": "self_attn.out_proj", "norm2": "final_layer_norm", "up": "fc1", "down": "fc2"}
+    inside = {"norm1": "self_attn_layer_norm", "out": "self_attn.out_proj", "norm2": "final_layer_norm", "up": "fc1",
+              "down": "fc2"}  # fmt: skip
     rows = [_row("transformer.token.weight", f"{prefix}model.embed_tokens.weight"),
             _row("transformer.position", f"{prefix}model.embed_positions.weight"),
             *pair("transformer.norm", f"{prefix}model.layer_norm")]  # fmt: skip

@@ -269,9 +269,9 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Adherence of a generator: for each group of captions their number and the share with each attribute right.
 
-    generate: up to `batch` captions -> as many pictures that `read` takes; None where another process draws them. Half of the n captions have one object, half
-    two; they differ from each other, are in no training split and not in `exclude_captions`. The n_held_out captions
-    have one object of a colour and shape never seen together in training.
+    generate: up to `batch` captions -> as many pictures that `read` takes; None where another process draws them. Half of the
+    n captions have one object, half two; they differ from each other, are in no training split and not in `exclude_captions`.
+    The n_held_out captions have one object of a colour and shape never seen together in training.
     """
     groups = {
         "one object": dict(n=n // 2, objects="one"),
