@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import register_dataclass, tree_map
@@ -28,6 +28,13 @@ class Sharded(DDPStrategy):
 
     def configure_ddp(self) -> None:
         shard(self.lightning_module, init_device_mesh(self.root_device.type, (self.world_size,)))
+
+    def training_step(self, *given: Any, **named: Any) -> Any:
+        """Validation and drawing, which have no backward pass, leave some weights whole: these are given up first."""
+        for part in self.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        return super().training_step(*given, **named)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """On rank 0; nothing on the others, all of which have to call."""
