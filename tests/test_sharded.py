@@ -11,6 +11,8 @@ from stages import differing, second_stage, train
 
 import ldm
 from ldm.app import stages
+from ldm.app.stages import Stage
+from ldm.app.survey import survey
 from ldm.callbacks.sharded import Sharded
 from ldm.weights import Uncertainty
 
@@ -60,10 +62,9 @@ def losses(folder):
     return [json.loads(line)["train/loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("uncertainty", [False, True])
-def test_two_processes_with_half_each_train_as_one_with_all(tmp_path, uncertainty):
+def test_two_processes_with_half_each_train_as_one_with_all(tmp_path):
     def make(accumulate):
-        return second_stage(accumulate, uncertainty=Uncertainty(8) if uncertainty else None)
+        return second_stage(accumulate, uncertainty=Uncertainty(8))
 
     one = train(tmp_path / "one", make, 10, batch=8)
     two = train(tmp_path / "two", make, 10, batch=4, callbacks=[Weighed(tmp_path)], **SHARED)
@@ -86,6 +87,29 @@ def test_a_run_goes_on_with_shares_and_without(tmp_path):
     half = whole.with_name(f"step-{HALF:06d}.ckpt")
     later = train(tmp_path / "later", second_stage, 5, batch=2, resume=half, **SHARED)
     same_but_for_rounding(whole, train(tmp_path / "last", second_stage, STEPS, batch=4, resume=later), STEPS)
+
+
+class Poison(Callback):
+    """A picture of the second rank that is none, once."""
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            batch["image"][0] = float("nan")
+
+
+def test_a_step_that_is_not_finite_is_left_out_by_all(tmp_path):
+    last = train(tmp_path, second_stage, 4, batch=2, callbacks=[Poison()], **SHARED)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/skipped"] for row in rows] == [0, 0, 1, 1] and [row["train/loss"] is None for row in rows] == [False, False, True, False]
+    assert all(value.isfinite().all() for value in torch.load(last, weights_only=True)["state_dict"].values())
+
+
+def test_the_plan_counts_shares(tmp_path):
+    config = {**PIXELS, "trainer": {"max_steps": 4, "strategy": "fsdp2"}}
+    whole, half = (survey(Stage(config), world, config["autoencoder"], (3, 64, 64)).memory for world in (1, 2))
+    trained = whole["gradients"]
+    assert half["gradients"] == -(-trained // 8) * 4 and half["optimizer"] == 2 * half["gradients"] and half["averaged"] == half["gradients"]
+    assert whole["weights"] - half["weights"] == trained - half["gradients"] and half["activations"] == whole["activations"]
 
 
 TEXT = {"target": "ldm.conditioners.text.TextConditioner", "params": dict(width=16, depth=1, heads=2, dropout=0.1)}

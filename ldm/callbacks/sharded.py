@@ -29,12 +29,13 @@ class Sharded(DDPStrategy):
     def configure_ddp(self) -> None:
         shard(self.lightning_module, init_device_mesh(self.root_device.type, (self.world_size,)))
 
-    def training_step(self, *given: Any, **named: Any) -> Any:
-        """Validation and drawing, which have no backward pass, leave some weights whole: these are given up first."""
+    def optimizer_step(self, *given: Any, **named: Any) -> Any:
+        """A pass without a backward one (validation, drawing) leaves some weights whole: now they are old, and given up."""
+        found = super().optimizer_step(*given, **named)
         for part in self.lightning_module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
-        return super().training_step(*given, **named)
+        return found
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """On rank 0; nothing on the others, all of which have to call."""
