@@ -102,12 +102,12 @@ def in_turn(group: Any, action: Callable[[], None]) -> None:
 
 
 def decided(group: Any, decide: Callable[[], Any]) -> Any:
-    """-> what rank 0 decides, on all ranks; its UserError too."""
+    """-> what rank 0 decides, on all ranks; its UserError, or what a disk refuses it, too."""
     answer = None
     if group.is_global_zero:
         try:
             answer = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = OnAllRanks(str(error))
     answer = group.strategy.broadcast(answer)
     if isinstance(answer, OnAllRanks):
