@@ -13,6 +13,7 @@ of the last step is saved, and the same command with --resume auto goes on from 
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
@@ -205,8 +206,8 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
             tell(f"{stage.label}: stopped at step {trainer.global_step}, saved as {saver.last}; the same command with "
                  "--resume auto goes on from there")  # fmt: skip
             return saver.last, stopper.signal
-        if not args.no_test and trainer.is_global_zero:
-            pictures.draw(module, trainer.global_step, "final.png")
+        if not args.no_test:
+            pictures.draw(trainer, module, trainer.global_step, "final.png")
         if trainer.is_global_zero and stage.lora:
             tell(f"{stage.label}: written for diffusers, and for --lora: {starts.write_lora(module, folder)}")
         if trainer.is_global_zero:
@@ -240,6 +241,9 @@ def make_trainer(stage, **options):
     terminal.hush("pytorch_lightning", "lightning_fabric")
     validation = section(stage.config, Validation)
     said = {"max_epochs": -1, **stage.trainer}
+    if stage.trainer.get("strategy") == "fsdp2":
+        import_module("ldm.callbacks.sharded")  # Lightning knows it by its name from then on
+        said["inference_mode"] = False  # weights that validation puts together are used by training
     try:
         return Trainer(**said, **options, logger=False, use_distributed_sampler=False, enable_model_summary=False,
                        enable_progress_bar=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,

@@ -98,9 +98,9 @@ class Bundle(nn.Module):
 
     def lay_out(self) -> None:
         """Weights of convolutions channels-last, which are faster so without gradients. Those that were mapped from a file are
-        copied, which is why loading leaves them; whoever draws calls it."""
+        copied, which is why loading leaves them; whoever draws calls it. Weights in shares (FSDP2) stay as they are."""
         for part in (self.autoencoder, self.denoiser):
-            if part is not None:
+            if part is not None and not any(hasattr(p, "device_mesh") for p in part.parameters()):
                 part.to(memory_format=torch.channels_last)
 
     @property

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Draw pictures from what the model reads: prompts, classes, maps, boxes ..., or from nothing."
+SHARED = drawing.SHARED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

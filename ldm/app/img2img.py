@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Draw a picture anew, under a prompt, keeping as much of it as --strength leaves."
+SHARED = drawing.SHARED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ldm.common.files import UserError
+from ldm.common.files import OnAllRanks, UserError
 
 log = logging.getLogger(__name__)
 PATIENCE = 15.0  # seconds that the others get to leave by themselves when one process has failed
@@ -25,10 +25,6 @@ MEETING = 60.0  # seconds in which processes have to find one another
 EXCHANGE = timedelta(minutes=30)  # that one process may be behind the others
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TOGETHER = {2, 3, *(128 + number for number in PASSED_ON)}  # statuses of main.py that all processes end with, one after another
-
-
-class OnAllRanks(UserError):
-    """A mistake that every process finds: one of them tells it."""
 
 
 def needed(group: Any) -> bool:
@@ -106,12 +102,12 @@ def in_turn(group: Any, action: Callable[[], None]) -> None:
 
 
 def decided(group: Any, decide: Callable[[], Any]) -> Any:
-    """-> what rank 0 decides, on all ranks; its UserError too."""
+    """-> what rank 0 decides, on all ranks; its UserError, or what a disk refuses it, too."""
     answer = None
     if group.is_global_zero:
         try:
             answer = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = OnAllRanks(str(error))
     answer = group.strategy.broadcast(answer)
     if isinstance(answer, OnAllRanks):

@@ -210,6 +210,11 @@ def _check(config: dict) -> list[str]:
     mistakes += [f"trainer.{key}: not used here; instead: {instead[key]}" for key in trainer if key in instead]
     if any(kind in str(trainer.get("strategy")) for kind in ("spawn", "fork", "notebook")):
         mistakes.append(f"trainer.strategy: processes are started by this program, got {trainer['strategy']!r}; take ddp")
+    if trainer.get("strategy") == "fsdp2":
+        mistakes += _unshared(config, trainer)
+    elif any(kind in str(trainer.get("strategy")) for kind in ("fsdp", "deepspeed", "xla")):
+        mistakes.append(f"trainer.strategy: {trainer['strategy']!r} is not known here; take ddp, or fsdp2, which keeps "
+                        "weights in shares")
     if trainer.get("precision") in ("bf16-true", "16-true"):
         mistakes.append(f"trainer.precision: {trainer['precision']}: weights and averages of so few digits lose small changes; "
                         f"take {trainer['precision'].replace('true', 'mixed')}")
@@ -218,6 +223,22 @@ def _check(config: dict) -> list[str]:
     if not trainer.get("max_time") and (not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1):
         mistakes.append("trainer.max_steps: missing; expected the number of optimizer steps (or trainer.max_time: DD:HH:MM:SS)")
     return mistakes + _check_numbers(config, trainer)
+
+
+def _unshared(config: dict, trainer: dict) -> list[str]:
+    """What cannot be where weights lie in shares."""
+    model = config.get("model")
+    params = (model.get("params") if isinstance(model, dict) else None) or {}
+    optimizer = params.get("optimizer") if isinstance(params, dict) else None
+    why = {
+        "it shares out diffusion models; this config trains another": not config.get("autoencoder") or "classifier" in params,
+        "model.params.lora is small, and what it changes is frozen": "lora" in params,
+        "model.params.snapshots are written of whole weights": "snapshots" in params,
+        "Muon works on whole matrices": str((optimizer or {}).get("target")).endswith("Muon"),
+        "fp16's scaler does not know shares; trainer.precision: bf16-mixed does": "16-" in str(trainer.get("precision"))
+        and not str(trainer.get("precision")).startswith("bf"),
+    }
+    return [f"trainer.strategy: fsdp2: {reason}; or take ddp" for reason, true in why.items() if true]
 
 
 def _check_numbers(config: dict, trainer: dict) -> list[str]:

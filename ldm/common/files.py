@@ -23,6 +23,10 @@ class UserError(ValueError):
     expected and what to do; main.py and `python -m ldm` print it without a traceback and exit with status 2."""
 
 
+class OnAllRanks(UserError):
+    """A mistake that every process finds: one of them tells it."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path` (made if absent) with the same suffix; the body writes there.
