@@ -144,7 +144,9 @@ def free_bytes(path: str | os.PathLike) -> int:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """-> the choice most like `word`, upper and lower case being alike; None where nothing is close."""
-    lowered = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), lowered, n=1)
-    return lowered[found[0]] if found else None
+    """-> the choice most like `word`; None where nothing is close. Upper and lower case are alike, but for a choice between
+    names that differ in nothing else."""
+    choices = list(choices)
+    found = difflib.get_close_matches(str(word).lower(), {choice.lower() for choice in choices}, n=1)
+    same = [choice for choice in choices if found and choice.lower() == found[0]]
+    return max(same, key=lambda choice: difflib.SequenceMatcher(None, str(word), choice).ratio(), default=None)
