@@ -15,12 +15,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+WORKER = re.compile(r"Caught UserError in .*\.\nOriginal Traceback")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, limit of a file's size
 
 
 class UserError(ValueError):
     """A mistake in what a person gave (file, config, argument). The message is one line that says what came, what was
-    expected and what to do; main.py and `python -m ldm` print it without a traceback and exit with status 2."""
+    expected and what to do; main.py and `python -m ldm` print it without a traceback and exit with status 2. The same where
+    torch has put the traceback of one of its loader's workers before it."""
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said.rpartition("UserError: ")[2].rstrip() if WORKER.match(said) else said
 
 
 @contextmanager
