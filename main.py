@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             planned = runs.alone(planned, args.resume)
         if args.check:
             return check(planned, args)
+        starts.check_names(args.postfix)
         probe = [make_trainer(stage) for stage in planned][-1]
         if launch.needed(probe):
             if probe.num_nodes > 1:
@@ -102,15 +103,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(planned: list, args: argparse.Namespace) -> int:
     """Prints the plan; gives back 2 where something is in its way."""
-    from ldm.app import plan, stages, starts, survey, terminal
+    from ldm.app import plan, runs, stages, starts, survey, terminal
 
     made: dict = {}
+    starts.check_names(args.postfix)
     problems = [mistake for stage in planned for mistake in stage.open(made)]
     world = survey.world(planned[-1].trainer)
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, world)
     surveys, more = survey.surveys(planned, world, args.trust)
     more += starts.checked([found.stage for found in surveys], [found.module for found in surveys], args.trust)
+    if not problems and not more:
+        runs.jobs(planned, args.logdir, args.resume, args.postfix)
     for found in surveys:
         terminal.say("\n  ".join(plan.summary(found) + plan.details(found)))
     terminal.report("\n".join(problems + more))
@@ -126,7 +130,7 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
     mistakes = [mistake for stage in planned for mistake in stage.open(made)]
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, group.world_size)
-    surveys, more = survey.surveys(planned, group.world_size, args.trust) if not mistakes else ([], [])
+    surveys, more = survey.surveys(planned, group.world_size, args.trust)
     if args.resume in (None, "auto"):
         more += starts.checked([found.stage for found in surveys], [found.module for found in surveys], args.trust)
     if mistakes + more:
