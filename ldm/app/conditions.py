@@ -97,7 +97,7 @@ def read_prompts(name: str) -> list[str]:
     """The lines of a UTF-8 file, without the empty ones."""
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"--prompts-file {name}: no such file")
+        raise UserError(f"--prompts-file {name}: {'a folder; expected a text file' if path.is_dir() else 'no such file'}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
