@@ -91,8 +91,6 @@ def lora_of(text: str) -> tuple[str, float]:
 
 def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
     """The model that model_arguments names. UserError where it `draws` nothing and has to."""
-    import torch
-
     from ldm.load import load
 
     device, began = pick_device(args.device), time.perf_counter()

@@ -42,8 +42,8 @@ def read(path: str | Path) -> dict[Layer, Change]:
     file = find(Path(path).expanduser())
     tensors, about = contents(file)
     if not any("lora" in key or mark in key for key in tensors for mark in NAMED):
-        raise UserError(f"{file}: no LoRA: none of its {len(tensors)} tensors ({some(list(tensors))}) is a change of a layer; a "
-                        "whole model is given as --ckpt")
+        raise UserError(f"{file}: no LoRA: none of its {len(tensors)} tensors ({some(list(tensors))}) is a change of a layer; "
+                        "a whole model is given as --ckpt")
     for mark, kind in NOT_READ.items():
         if any(mark in key for key in tensors):
             name = next(key for key in tensors if mark in key)
