@@ -70,6 +70,9 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
         parser.add_argument("--n-samples", type=positive, default=1, metavar="N", help="pictures of each condition (1)")
     sampling_arguments(parser)
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--also", nargs="+", metavar="TEXT[:W]",
+                        help="further prompts that guide all pictures at the same time, each with its weight (1), below 0 away "
+                             "from it; classes, of models that read no text")
     parser.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction, default=None,
                         help="prompts have weights in them: (more), [less], (word:1.3); default: as stored with the model")
     parser.add_argument("--long", choices=("cut", "error", "window"), default=None,
@@ -145,6 +148,7 @@ def guiding(args: argparse.Namespace) -> Sequence[Want]:
 def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
     """Of Bundle.generate, beside those of its plan."""
     options = {"negative_prompt": args.negative_prompt, "tile": args.tile, "window": args.window,
+               "also": conditions.weighed(bundle, args.also or ()),
                **{name: getattr(args, name) for name in READING}}  # fmt: skip
     if args.classifier:
         from ldm.classifier import by_classifier
