@@ -101,8 +101,8 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
 
-def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
-    """-> the files that were drawn."""
+def carry_out(args: argparse.Namespace, task: Task, bundle: Bundle | None = None) -> list[Path]:
+    """-> the files that were drawn. bundle: the model, where it is loaded already."""
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both or neither")
     settings, old = sampling_of(args), recalled(args, task)
@@ -114,7 +114,7 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     files = [folder / f"{i:05d}.png" for i in range(task.count(args, n))]
     extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview)
     check_free([*files, *extra], args.overwrite)
-    bundle = load_model(args)
+    bundle = bundle or load_model(args)
     wants = conditions.wanted(bundle, [*task.wants(args, bundle), *guiding(args)], given, task.text)
     if "caption" in wants:
         given.setdefault("caption", [""])

@@ -21,7 +21,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    drawing.carry_out(args, Task("", plan, text=True))
+    drawing.carry_out(args, TASK)
 
 
 def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame) -> tuple[list[Row], Make]:
@@ -35,3 +35,6 @@ def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame
 def several(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
     """Each row --n-samples times."""
     return [row for row in rows for _ in range(args.n_samples)]
+
+
+TASK = Task("", plan, text=True)
