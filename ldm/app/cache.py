@@ -72,6 +72,6 @@ def first_stage(stage: Stage, logdir: str) -> Path | None:
     folder = runs.finished(logdir, stage.before.key)
     if folder is None:
         config = stage.config["autoencoder"]["config"]
-        raise UserError(f"autoencoder.config: {config}: no finished run of it in {logdir}; train it first: python main.py --base "
-                        f"{config} -t")
+        raise UserError(f"autoencoder.config: {config}: no finished run of it in {logdir}; train it first: "
+                        f"python main.py --base {config} -t")
     return find(folder)
