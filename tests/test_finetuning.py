@@ -75,9 +75,10 @@ def test_a_diffusion_model_brings_weights_and_autoencoder_and_nothing_else(base,
 
 def test_what_was_begun_so_is_known_again_and_goes_on(base, tmp_path, capsys):
     model = run_of(base / "logs", "tiny_ldm")
-    arguments = ["--init-from", model, "trainer.max_steps=3", "checkpoint.every=1"]
-    assert train(base, tmp_path, *arguments) == 0
-    capsys.readouterr()
+    arguments = ["--init-from", model, "--resume", "auto", "trainer.max_steps=3", "checkpoint.every=1"]
+    assert train(base, tmp_path, *arguments) == 0  # nothing to go on with yet
+    out = capsys.readouterr().out
+    assert "no unfinished run" in out and "begins with the averaged (EMA) weights" in out
     assert train(base, tmp_path, *arguments) == 0
     assert "finished already" in capsys.readouterr().out
     run = run_of(tmp_path, "tiny_ldm")
@@ -85,9 +86,13 @@ def test_what_was_begun_so_is_known_again_and_goes_on(base, tmp_path, capsys):
     (run / "DONE").unlink()
     (run / "checkpoints" / "last.ckpt").unlink()
     (run / "checkpoints" / "step-000003.ckpt").unlink()
-    assert main(["--resume", str(run), "-t", "--no-test", "--logdir", str(tmp_path)]) == 0
-    again = state(run)["state_dict"]
-    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    for how in (["--resume", str(run), "-t", "--no-test", "--logdir", str(tmp_path)], None):
+        assert (main(how) if how else train(base, tmp_path, *arguments)) == 0
+        assert "begins with" not in capsys.readouterr().out
+        again = state(run)["state_dict"]
+        assert all(torch.equal(value, again[name]) for name, value in weights.items())
+        for name in ("DONE", "checkpoints/last.ckpt", "checkpoints/step-000003.ckpt"):
+            (run / name).unlink()
 
 
 def test_an_autoencoder_begins_with_one(base, tmp_path, capsys):

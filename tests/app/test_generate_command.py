@@ -207,6 +207,8 @@ def test_interpolate_between_classes_and_pictures(model, tmp_path):
     pair = ["--class", 1, 4, "--shares", 0, 0.5, 1]
     found = run("interpolate", ckpt, tmp_path / "k", *pair)
     assert same(found[::2], [run("generate", ckpt, tmp_path / f"k{c}", "--class", c)[0] for c in (1, 4)])
+    circle = run("interpolate", ckpt, tmp_path / "s", *pair, "--way", "slerp")
+    assert same(circle[::2], found[::2]) and not same(circle[1:2], found[1:2])
     found = run("interpolate", ckpt, tmp_path / "p", *pair, "--image", tmp_path / "a.png", tmp_path / "b.png", "--strength", 0.5)
     ends = [run("img2img", ckpt, tmp_path / f"p{c}", "--class", c, "--image", tmp_path / f"{n}.png", "--strength", 0.5)[0] for c, n in ((1, "a"), (4, "b"))]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(found[::2], ends, strict=True))
