@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -260,3 +261,10 @@ def test_one_model_or_another(base):
     stages, _ = read([base / "ae.yaml"], init_from=str(base / "ae.yaml"))
     with pytest.raises(UserError, match="not a checkpoint"):
         starts.placed(stages, resumed=False)
+
+
+def test_without_peft_one_line_says_so(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert train(base, tmp_path, "--init-from", run_of(base / "logs", "tiny_ldm"), *LORA) == 2
+    told = error(capsys)
+    assert "lora needs the peft library" in told and "pip install -c constraints.txt peft" in told and not list(tmp_path.iterdir())
