@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("-t", "--train", action="store_true", help="train")
     add("-r", "--resume", metavar="RUN", help="run folder or .ckpt to go on from; auto: newest unfinished run of this name")
     add("--init-from", "--init_from", metavar="PATH", help="model whose weights to begin with (weights alone: step 0, new "
-        "optimizer); --resume goes on with a run")
+        "optimizer); --resume goes on with a run, and --resume auto beside this does where there is one to go on with")
     add("-n", "--name", help="of the run, in place of the config's")
     add("-p", "--postfix", help="added to the name of the run folder")
     add("-l", "--logdir", default="logs", help="folder of run folders (%(default)s)")
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.base and args.resume:  # a run folder, or a checkpoint in one, knows its config
         places = (Path(args.resume), Path(args.resume).absolute().parent.parent)
         args.base = [str(place / "config.yaml") for place in places if (place / "config.yaml").is_file()][:1]
-    if args.init_from and args.resume:
+    if args.init_from and args.resume not in (None, "auto"):
         parser.error("--init-from begins anew with a model's weights, --resume goes on with a run: give one of them")
     if not args.base:
         parser.error("which config? add --base configs/ldm_txt2img.yaml")
