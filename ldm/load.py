@@ -122,11 +122,13 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
 
 
 def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
-    """float32 for weights in float16 on a CPU, which computes with those slowly and coarsely, if at all; None: as they are."""
-    half = device.type == "cpu" and any(p.dtype == torch.float16 for p in part.parameters())
-    if half:
+    """float32 for weights in double precision, and for float16 on a CPU, which computes with it slowly and coarsely, if at
+    all; None: as they are."""
+    found = {p.dtype for p in part.parameters()}
+    if device.type == "cpu" and torch.float16 in found:
         log.info("%s: float16 weights become float32 on the CPU", path)
-    return torch.float32 if half else None
+        return torch.float32
+    return torch.float32 if torch.float64 in found else None
 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
