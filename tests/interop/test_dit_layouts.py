@@ -37,7 +37,7 @@ def state_dict(**changes):
     shapes = {f"{name}.weight": shape for name, shape in layers.items()} | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
     shapes["y_embedder.embedding_table.weight"] = (sizes["num_classes"] + 1, d)
     found = {name: 0.2 * torch.randn(*shape, generator=source) for name, shape in shapes.items()}
-    return found | {"pos_embed": dit._positions(sizes["input_size"] // p, d)}
+    return found | {"pos_embed": dit.positions_of(sizes)}
 
 
 def saved(path, content):
@@ -118,8 +118,11 @@ def test_what_does_not_fit(tmp_path):
 
     weights = state_dict()
     refused(load({name: value for name, value in weights.items() if "blocks.1.mlp" not in name}),
-            "not those of the DiT described", "(missing blocks.1.mlp.fc1.weight")  # fmt: skip
-    refused(load(weights | {"stray": torch.zeros(1)}), "1 that it has no place for (stray)")
+            "not those of the model that is described", "missing blocks 4 of 20 (blocks.1.mlp.fc1.weight")  # fmt: skip
+    refused(load(weights | {"stray": torch.zeros(1)}), "unknown stray 1 of 1 (stray)")
+    refused(load(weights | {"x_embedder.proj.bias": torch.zeros(5)}), "1 of other shapes (x_embedder.proj.bias makes 5, not 24)")
+    refused(load({name: value for name, value in weights.items() if name != "pos_embed"}), "sizes cannot be told", "pos_embed")
+    refused(load(weights | {"pos_embed": torch.zeros(1, 15, 24)}), "pos_embed is not the fixed table")
     refused(load(weights | {"pos_embed": torch.randn(1, 16, 24)}), "learned positions are not read")
     refused(load(weights, hidden_size=48), "its config says hidden_size: 48, its weights 24")
     refused(load(weights, model="UViT-S/2"), "model, path_type, prediction: UVi; read are DiT, SiT Linear velocity")
@@ -248,6 +251,6 @@ def test_old_names_and_what_is_refused(tmp_path):
     refused(lambda: load(_class_name="UNet2DModel"), "_class_name: UNet2DModel; expected DiTTransformer2DModel")
     refused(lambda: load(activation_fn="geglu"), "activation_fn: 'geglu'; read is 'gelu-approximate' alone")
     refused(lambda: load(out_channels=5), "out_channels: 5; read are 4, and 8 with a variance")
-    refused(lambda: load(num_layers=3), "not those of the DiTTransformer2DModel described", "missing transformer_blocks.2.")
+    refused(lambda: load(num_layers=3), "not those of the model that is described", "missing transformer_blocks 19 of 57 (transformer_blocks.2.")
     (tmp_path / "config.json").unlink()
     refused(lambda: ldm.load(path), "a DiT of diffusers; its config.json is expected beside it")
