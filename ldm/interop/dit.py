@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ldm.bundle import Bundle
-from ldm.common.build import TRUSTED, build
+from ldm.common.build import TRUSTED, build, near
 from ldm.common.files import UserError
 from ldm.denoiser import linear_map
 from ldm.interop.rows import SAME, Change, Row, back, check, inside, pair, to_us
@@ -36,6 +36,13 @@ OUTER = {"x_embedder.proj": "patches", "t_embedder.mlp.0": "embedders.0.time.0",
          "final_layer.adaLN_modulation.1": "modulation_out"}  # fmt: skip
 INNER = {"attn.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"), "attn.proj": ("attention.out.0",),
          "mlp.fc1": ("mlp.0",), "mlp.fc2": ("mlp.3",), "adaLN_modulation.1": ("modulation",)}  # fmt: skip
+MEANT = ("hidden_size", "in_channels", "patch_size", "input_size", "depth", "mlp_ratio", "num_classes", "learn_sigma",
+         "num_heads", "class_dropout_prob", "model", "path_type", "prediction", "autoencoder")
+IGNORED = {  # arguments of their scripts that change no model
+    "data_path", "feature_path", "results_dir", "image_size", "epochs", "global_batch_size", "global_seed", "seed", "vae",
+    "num_workers", "log_every", "ckpt_every", "sample_every", "ckpt", "cfg_scale", "num_sampling_steps", "wandb", "tf32",
+    "loss_weight", "sample_eps", "train_eps", "sample_dir", "per_proc_batch_size", "num_fid_samples", "likelihood", "mode",
+}  # fmt: skip
 GUIDED = {"scale": 4.0, "channels": 3}  # both guide three channels of the latents' four
 
 NEGATED = Change(torch.neg, torch.neg)
@@ -63,7 +70,7 @@ KINDS = {  # model, path_type and prediction of SiT
 
 def holds(keys: Iterable[str]) -> bool:
     """Whether these names are those of such a network."""
-    return any(re.match(r"((model|ema)\.)?blocks\.\d+\.adaLN_modulation\.1\.", key) for key in keys)
+    return any(re.match(r"((model|ema|module|_orig_mod)\.)*blocks\.\d+\.adaLN_modulation\.1\.", key) for key in keys)
 
 
 def flat(saved: Mapping) -> Mapping:
@@ -95,6 +102,8 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
         UserError: where names or shapes do not fit.
     """
     config = dict(config or {})
+    if unknown := [name for name in config if name not in MEANT and name not in IGNORED]:
+        raise UserError(f"{origin}: {unknown[0]}: no argument of DiT's or SiT's{near(unknown[0], MEANT)}")
     sets = {name: {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
             for name in ("model.", "ema.")}  # fmt: skip
     raw = sets["model."] or sets["ema."] or dict(tensors)

@@ -102,6 +102,17 @@ def test_a_checkpoint_of_their_training(tmp_path, kind):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda weights: {"model": {f"module.{name}": value for name, value in weights.items()}},
+    lambda weights: {"model": {f"_orig_mod.{name}": value for name, value in weights.items()}, "opt": {}},
+    lambda weights: {"ema": weights}, lambda weights: {"state_dict": weights}, lambda weights: {f"module.{name}": value for name, value in weights.items()},
+], ids=["distributed", "compiled", "averages alone", "state_dict", "distributed, flat"])  # fmt: skip
+def test_a_file_as_it_may_come(tmp_path, wrap):
+    weights, config = state_dict(), {"num_heads": 3, "image_size": 256, "vae": "ema", "model": "DiT-XL/2"}
+    found, _ = dit.write(ldm.load(saved(tmp_path / "x.pt", wrap(weights)), config))
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
 def test_with_an_autoencoder(tmp_path):
     block = {"target": "autoencoder.model.convolutional", "params": {"width": 8, "mult": [1, 1], "blocks": 1, "attention": False,
              "groups": 4, "bottleneck": {"target": "autoencoder.bottlenecks.KL", "params": {"channels": 4}}}}  # fmt: skip
@@ -124,6 +135,7 @@ def test_what_does_not_fit(tmp_path):
     refused(load({name: value for name, value in weights.items() if name != "pos_embed"}), "sizes cannot be told", "pos_embed")
     refused(load(weights | {"pos_embed": torch.zeros(1, 15, 24)}), "pos_embed is not the fixed table")
     refused(load(weights | {"pos_embed": torch.randn(1, 16, 24)}), "learned positions are not read")
+    refused(load(weights, num_head=3), "num_head: no argument of DiT's or SiT's; nearest: 'num_heads'")
     refused(load(weights, hidden_size=48), "its config says hidden_size: 48, its weights 24")
     refused(load(weights, model="UViT-S/2"), "model, path_type, prediction: UVi; read are DiT, SiT Linear velocity")
     refused(load(weights, path_type="Linear", prediction="score"), "SiT Linear score; read are")
