@@ -48,6 +48,9 @@ FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
     r"^input_blocks\.0\.0\.": "a UNet alone, or a classifier of guided-diffusion, which guides other models",
+    r"^(control_model|controlnet_\w+)\.": "a ControlNet, which steers another model and is none by itself",
+    r"^(double_blocks|joint_blocks)\.": "a transformer of flux or Stable Diffusion 3",
+    r"^string_to_param$": "a textual inversion: words for another model",
     r"^param_groups$": "an optimizer's state",
 }
 DIFFERENCES = 5  # between configs, that a warning names
