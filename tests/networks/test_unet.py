@@ -131,8 +131,9 @@ def test_checkpointing_changes_memory_only(options):
         assert torch.allclose(a.grad, b.grad, atol=1e-7)
 
 
-@EVERY
-def test_is_one_graph(options):
+@pytest.mark.parametrize("name", ["no text", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "no text")])
+def test_is_one_graph(name):
+    options = VARIANTS[name]
     network, given = unet(options).eval(), inputs(options)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*given), network(*given))
