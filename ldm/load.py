@@ -48,6 +48,9 @@ FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
     r"^input_blocks\.0\.0\.": "a UNet alone, or a classifier of guided-diffusion, which guides other models",
+    r"^(control_model|controlnet_\w+)\.": "a ControlNet, which steers another model and is none by itself",
+    r"^(double_blocks|joint_blocks)\.": "a transformer of flux or Stable Diffusion 3",
+    r"^string_to_param$": "a textual inversion: words for another model",
     r"^param_groups$": "an optimizer's state",
 }
 DIFFERENCES = 5  # between configs, that a warning names
@@ -116,17 +119,20 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
     device = torch.device(device)
     parts = [part for part in ([bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]) if part]
-    coarse = [part for part in parts if dtype is None and device.type == "cpu" and holds_half(part)]
-    if coarse:
-        log.info("%s: float16 weights become float32 on the CPU", found.path)
-    for part in parts if dtype else coarse:
-        part.to(dtype=dtype or torch.float32)
+    for part in parts:
+        if kind := dtype or _usable(part, device, found.path):
+            part.to(dtype=kind)
     return bundle if device.type == "cpu" else bundle.to(device)
 
 
-def holds_half(part: nn.Module) -> bool:
-    """Whether weights are in float16, with which a CPU computes slowly and coarsely, if at all."""
-    return any(p.dtype == torch.float16 for p in part.parameters())
+def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
+    """float32 for weights in double precision, and for float16 on a CPU, which computes with it slowly and coarsely, if at
+    all; None: as they are."""
+    found = {p.dtype for p in part.parameters()}
+    if device.type == "cpu" and torch.float16 in found:
+        log.info("%s: float16 weights become float32 on the CPU", path)
+        return torch.float32
+    return torch.float32 if torch.float64 in found else None
 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
