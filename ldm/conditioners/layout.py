@@ -39,7 +39,7 @@ def layout(batch: Mapping[str, Any], classes: int, objects: int, owner: nn.Modul
 
 
 def boxes_wanted(classes: int, objects: int) -> tuple[Want, ...]:
-    return (Want("boxes", "boxes", f"boxes of classes 0 to {classes - 1}, {objects} at most", objects, classes),)
+    return (Want("boxes", "boxes", f"boxes of classes 0 to {classes - 1}, {objects} at most", objects, classes=classes),)
 
 
 def box_tokens(boxes: Tensor, kinds: Tensor, vocabulary: int, crop: bool = True) -> Tensor:

@@ -22,19 +22,19 @@ class Want:
     about: what it is, in words.
     sides: of pictures, masks and maps.
     instead: another key that does as well; it has a Want of its own, which is not needed.
-    classes: how many there are, of a class and of boxes.
     default: of a number that is not given, a row of ``size``, or "size", height and width of what is drawn.
+    classes: how many there are, of a class and of boxes.
     """
 
     key: str
     kind: Kind
     about: str
     size: int = 1
-    classes: int | None = None
     sides: Sides = "any"
     needed: bool = True
     instead: str | None = None
     default: Sequence[float] | Literal["size"] | None = None
+    classes: int | None = None
 
 
 def wants_of(conditioner: nn.Module | None) -> tuple[Want, ...] | None:
