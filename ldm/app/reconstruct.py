@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     print(line(f"mean of {len(rows)}", total))
     if unmeasured:
         print(f"LPIPS not measured: {unmeasured}")
-    print(f"{len(rows)} pictures in {folder}, with {FIGURES} and {SHEET}")
+    print(f"{len(rows)} picture{'s' * (len(rows) > 1)} in {folder}, with {FIGURES} and {SHEET}")
 
 
 def reader(args: argparse.Namespace, bundle: Bundle) -> Callable[[Path], Tensor]:
