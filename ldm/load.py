@@ -119,20 +119,23 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
     device = torch.device(device)
     parts = [part for part in ([bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]) if part]
+    if dtype is None and device.type == "cpu" and any(_holds(part, torch.float16) for part in parts):
+        log.info("%s: float16 weights become float32 on the CPU", found.path)
     for part in parts:
-        if kind := dtype or _usable(part, device, found.path):
+        if kind := dtype or _usable(part, device):
             part.to(dtype=kind)
     return bundle if device.type == "cpu" else bundle.to(device)
 
 
-def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
+def _usable(part: nn.Module, device: torch.device) -> torch.dtype | None:
     """float32 for weights in double precision, and for float16 on a CPU, which computes with it slowly and coarsely, if at
     all; None: as they are."""
-    found = {p.dtype for p in part.parameters()}
-    if device.type == "cpu" and torch.float16 in found:
-        log.info("%s: float16 weights become float32 on the CPU", path)
-        return torch.float32
-    return torch.float32 if torch.float64 in found else None
+    coarse = device.type == "cpu" and _holds(part, torch.float16)
+    return torch.float32 if coarse or _holds(part, torch.float64) else None
+
+
+def _holds(part: nn.Module, dtype: torch.dtype) -> bool:
+    return any(p.dtype == dtype for p in part.parameters())
 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
