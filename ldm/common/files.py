@@ -23,6 +23,11 @@ class UserError(ValueError):
     expected and what to do; main.py and `python -m ldm` print it without a traceback and exit with status 2."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error of somebody else says, for a message of ours."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path` (made if absent) with the same suffix; the body writes there.
