@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.app.fitting import in_words, misfits
 from ldm.app.parts import autoencoder_block, make_module
 from ldm.app.stages import Stage
 from ldm.common.build import build, locate
@@ -104,9 +105,11 @@ class Survey:
         averaged = sum(part.frozen for part in self.parts if part.name == EMA)
         # a text encoder whose states are cached is not there while training
         parts = [part for part in self.parts if part.name != "text encoder" or not self.cache.text]
-        here = sum(part.trainable + part.frozen for part in parts) - averaged
+        share = self.world if self.stage.trainer.get("strategy") == "fsdp2" else 1  # of what is trained, and its averages
+        frozen = sum(part.frozen for part in parts) - averaged
+        trained, averaged = -(-sum(part.trainable for part in parts) // share), -(-averaged // share)
         activations = self.activations * self.stage.batch_size // (2 if self.half else 1)
-        return {"weights": WORD * here, "gradients": WORD * self.trainable, "optimizer": WORD * MOMENTS * self.trainable,
+        return {"weights": WORD * (frozen + trained), "gradients": WORD * trained, "optimizer": WORD * MOMENTS * trained,
                 "averaged": WORD * averaged, "activations": activations}  # fmt: skip
 
     @property
@@ -127,8 +130,9 @@ def surveys(stages: Sequence[Stage], world: int, trust: bool = False) -> tuple[l
     for stage in stages:
         try:
             found.append(survey(stage, world, autoencoder_block(stage, trust), size_of(stage)))
-        except ValueError as error:
-            problems.append(f"{stage.label}: {error}")
+            problems += [f"{stage.label}: {line}" for line in misfits(stage, found[-1].module)]
+        except Exception as error:  # constructors may fail in any way at sizes of 0, heads of 0 ...: the config's mistake
+            problems.append(f"{stage.label}: {in_words(error)}")
     return found, problems
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.bundle import Bundle
-from ldm.common.files import UserError
+from ldm.common.files import UserError, atomic_write
 from ldm.conditioners.clip import ClipText
 from ldm.interop import diffusers, diffusers_unet, dit_diffusers, scheduler_configs, text_folders, text_names, unet_names
 from ldm.interop.compvis_writing import parts
@@ -260,4 +260,6 @@ def _json(file: Path, value: dict) -> None:
 def _save(file: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}, file, {"format": "pt"})
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})
