@@ -136,7 +136,9 @@ def enough_memory():
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
         raise UserError("the device's memory is full; try a smaller --batch-size or size, --precision bf16, --tile 256 "
                         "(txt2img, reconstruct), or --device cpu") from error
 
