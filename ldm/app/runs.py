@@ -247,7 +247,8 @@ def checkpoint_to_resume(resume: str, tell: Callable[[str], None] = lambda text:
         if not _whole(path):
             raise UserError(f"--resume {resume}: not a whole checkpoint; for the newest whole one give its run folder")
         if lacking := _lacking(path):
-            raise UserError(f"--resume {resume}: no run can go on from it: {lacking}; --init-from begins with a model's weights")
+            raise UserError(f"--resume {resume}: no run can go on from it: {lacking}; --init-from begins with the weights of a "
+                            "model")
         return path
     found = newest(path, tell) if path.is_dir() else None
     if found is None:
