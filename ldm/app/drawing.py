@@ -102,6 +102,8 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     """-> the files that were drawn."""
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both or neither")
+    if not args.outdir:
+        raise UserError("--outdir: expected a folder, got an empty text; the current one is .")
     settings, old = sampling_of(args), recalled(args, task)
     given = conditions.asked(args, old)
     conditions.check_files(given)

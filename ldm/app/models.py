@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,9 @@ def sampling_of(args: argparse.Namespace) -> dict:
         wrong += [] if times is None or isinstance(times, list) else problems(times, TIMES, "--times")
         if wrong:
             raise UserError("; ".join(wrong))
+    for flag in ("scale", "rescale", "eta"):
+        if (value := getattr(args, flag)) is not None and not isfinite(value):
+            raise UserError(f"--{flag} {value}: expected a number that is finite")
     low, high = args.guidance_interval or (None, None)
     guidance = {"scale": args.scale, "low": low, "high": high, "rescale": args.rescale}
     guidance = {key: value for key, value in guidance.items() if value is not None}
