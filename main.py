@@ -13,6 +13,7 @@ of the last step is saved, and the same command with --resume auto goes on from 
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
@@ -23,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("-t", "--train", action="store_true", help="train")
     add("-r", "--resume", metavar="RUN", help="run folder or .ckpt to go on from; auto: newest unfinished run of this name")
     add("--init-from", "--init_from", metavar="PATH", help="model whose weights to begin with (weights alone: step 0, new "
-        "optimizer); --resume goes on with a run")
+        "optimizer); --resume goes on with a run, and --resume auto beside this does where there is one to go on with")
     add("-n", "--name", help="of the run, in place of the config's")
     add("-p", "--postfix", help="added to the name of the run folder")
     add("-l", "--logdir", default="logs", help="folder of run folders (%(default)s)")
@@ -41,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.base and args.resume:  # a run folder, or a checkpoint in one, knows its config
         places = (Path(args.resume), Path(args.resume).absolute().parent.parent)
         args.base = [str(place / "config.yaml") for place in places if (place / "config.yaml").is_file()][:1]
-    if args.init_from and args.resume:
+    if args.init_from and args.resume not in (None, "auto"):
         parser.error("--init-from begins anew with a model's weights, --resume goes on with a run: give one of them")
     if not args.base:
         parser.error("which config? add --base configs/ldm_txt2img.yaml")
@@ -209,8 +210,8 @@ def train(job, survey, before: Path | None, args: argparse.Namespace, group, tel
             tell(f"{stage.label}: stopped at step {trainer.global_step}, saved as {saver.last}; the same command with "
                  "--resume auto goes on from there")  # fmt: skip
             return saver.last, stopper.signal
-        if not args.no_test and trainer.is_global_zero:
-            pictures.draw(module, trainer.global_step, "final.png")
+        if not args.no_test:
+            pictures.draw(trainer, module, trainer.global_step, "final.png")
         if trainer.is_global_zero and stage.lora:
             tell(f"{stage.label}: written for diffusers, and for --lora: {starts.write_lora(module, folder)}")
         if trainer.is_global_zero:
@@ -244,6 +245,9 @@ def make_trainer(stage, **options):
     terminal.hush("pytorch_lightning", "lightning_fabric")
     validation = section(stage.config, Validation)
     said = {"max_epochs": -1, **stage.trainer}
+    if stage.trainer.get("strategy") == "fsdp2":
+        import_module("ldm.callbacks.sharded")  # Lightning knows it by its name from then on
+        said["inference_mode"] = False  # weights that validation puts together are used by training
     try:
         return Trainer(**said, **options, logger=False, use_distributed_sampler=False, enable_model_summary=False,
                        enable_progress_bar=False, num_sanity_val_steps=0, check_val_every_n_epoch=None,

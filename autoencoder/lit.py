@@ -90,6 +90,12 @@ class AutoencoderModule(pl.LightningModule):
         """What the first optimizer steps: everything but the critic. The loss has a weight where its logvar is learned."""
         return nn.ModuleDict({"autoencoder": self.autoencoder, "loss": self.loss, "regularisers": self.regularisers})
 
+    def train(self, mode: bool = True) -> AutoencoderModule:
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
+
     def configure_optimizers(self) -> tuple[list, list]:
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None
         if steps is None and self.trainer.estimated_stepping_batches != float("inf"):

@@ -14,17 +14,18 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ldm.app import terminal
-from ldm.common.files import UserError, nearest
+from ldm.common.files import OnAllRanks, nearest
 
 COMMANDS = ("txt2img", "generate", "img2img", "inpaint", "upscale", "interpolate", "variations", "edit", "reconstruct",
-            "evaluate", "check-autoencoder", "compare-autoencoders", "average", "convert", "data", "info")
+            "evaluate", "check-autoencoder", "compare-autoencoders", "average", "cache", "convert", "data", "serve",
+            "info")
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are UserErrors, in one line, with what may have been meant."""
+    """Mistakes are told in one line, with what may have been meant."""
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise OnAllRanks(f"{message}; see {self.prog} --help")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """Unknown options are told before missing ones: the one is often the other, misspelt."""
@@ -48,6 +49,11 @@ def make_parser() -> Parser:
     return parser
 
 
+def rank() -> int:
+    """Of this process among those that torchrun or srun started."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
 def together(args: argparse.Namespace) -> int:
     """One of several processes (torchrun, srun): each does its share, or rank 0 all of it where the command knows no shares."""
     from ldm.app import launch
@@ -55,7 +61,12 @@ def together(args: argparse.Namespace) -> int:
     if not args.shared:
         return 0 if launch.rank() else args.run(args) or 0
     with launch.team():
-        return args.run(args) or 0
+        try:
+            return args.run(args) or 0
+        except (ValueError, OSError, KeyboardInterrupt):
+            raise
+        except Exception:
+            launch.fail()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             near = nearest(arguments[0], COMMANDS)
             hint = f"; nearest: {near}" if near else ""
-            raise UserError(f"no command {arguments[0]!r}{hint}; there are {', '.join(COMMANDS)}")
+            raise OnAllRanks(f"no command {arguments[0]!r}{hint}; there are {', '.join(COMMANDS)}")
         args = make_parser().parse_args(arguments)
         if int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1:
             return together(args)
@@ -76,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # ValueError: what people gave; OSError: no space, no permission
         if {"-v", "--verbose"} & set(arguments):
             logging.getLogger("ldm").exception("")
-        terminal.report(" ".join(str(error).split()) or type(error).__name__)
+        if rank() == 0 or not isinstance(error, OnAllRanks):
+            terminal.report(" ".join(str(error).split()) or type(error).__name__)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -85,5 +97,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    terminal.set_up(int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0))
+    terminal.set_up(rank())
     sys.exit(main())

@@ -3,16 +3,20 @@
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 
+import torch
 import torch._dynamo  # noqa: F401  all that the children would have to import
 import yaml
 
 import ldm.lit  # noqa: F401
 from ldm.app import guards, launch, parts, plan, runs, stages, survey  # noqa: F401
 from ldm.callbacks import dashboard, images, progress, promises, stop  # noqa: F401
+
+torch.set_num_threads(1)  # a fork waits for ever for the threads that its parent had
 
 PIXELS = {
     "name": "pixels", "autoencoder": {"target": "autoencoder.base.Identity"},
@@ -73,3 +77,29 @@ def status(child: int, seconds: float = 120.0) -> int:
         os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     raise TimeoutError(f"process {child} was not done after {seconds:g} s")
+
+
+def torchrun(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    return {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+
+def slurm(rank: int, port: int) -> dict[str, str]:
+    """What srun tells a task."""
+    return {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+            "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(port), "SLURM_JOB_NAME": "train",
+            "SLURM_NODELIST": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pair(kind, folder: Path, arguments: list[str], call=None) -> tuple[list[int], list[str]]:
+    """-> statuses of two processes that ``kind`` (torchrun, slurm) starts, and what each said. ``call``: see ``start``."""
+    port = free_port()
+    children = [start(arguments, folder / f"{kind.__name__}-{rank}.txt", kind(rank, port), call) for rank in (0, 1)]
+    return [status(child) for child in children], [(folder / f"{kind.__name__}-{rank}.txt").read_text() for rank in (0, 1)]

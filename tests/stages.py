@@ -59,13 +59,13 @@ class Saved(Callback):
         self.saver.save(trainer)
 
 
-def train(folder, make, steps, resume=None, world=1, workers=0, accumulate=1, batch=4, every=100, callbacks=(), total=None, **options):
-    """-> the last checkpoint. total: steps of the whole run, where this is a part of it."""
+def train(folder, make, steps, resume=None, world=1, workers=0, accumulate=1, batch=4, every=100, callbacks=(), strategy="ddp_fork", **options):
+    """-> the last checkpoint."""
     module, data = make(accumulate, **options)
     saver, clock = Checkpoints(folder / "checkpoints", every, 3, lambda module: {"kind": "tiny", "config": {"model": {}}}, Clock()), Clock()
     kind = "autoencoder" if hasattr(module, "batches_seen") else "diffusion"
     stage = SimpleNamespace(config={}, kind=kind, accumulate=accumulate, trainer={
-        "max_steps": steps, "accelerator": "cpu", "devices": world, "strategy": "ddp_fork" if world > 1 else "auto",
+        "max_steps": steps, "accelerator": "cpu", "devices": world, "strategy": strategy if world > 1 else "auto",
         **({"accumulate_grad_batches": accumulate} if kind == "diffusion" else {})})  # fmt: skip
     trainer = make_trainer(stage, plugins=[saver.io], callbacks=[
         clock, *upkeep(stage, folder), Seeding(5), Promises(lambda text: None), Metrics(folder / "metrics.jsonl", 1, clock), Stop(),

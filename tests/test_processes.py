@@ -2,50 +2,25 @@
 
 import os
 import re
-import socket
 import time
 
 import pytest
 import torch
-from forked import start, status, write
+from forked import free_port, pair, slurm, torchrun, write
 
 from ldm.app import launch
 from ldm.common.equal import differences
 from ldm.common.files import UserError
 from ldm.data.shapes import Shapes
 
-
-def torchrun(rank: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
-    return {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-
-
-def slurm(rank: int, port: int) -> dict[str, str]:
-    """What srun tells a task."""
-    return {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-            "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(port), "SLURM_JOB_NAME": "train",
-            "SLURM_NODELIST": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def pair(kind, folder, arguments):
-    """-> statuses of two processes, and what each said."""
-    port = free_port()
-    children = [start([*arguments, "trainer.devices=2"], folder / f"{kind.__name__}-{rank}.txt", kind(rank, port)) for rank in (0, 1)]
-    return [status(child) for child in children], [(folder / f"{kind.__name__}-{rank}.txt").read_text() for rank in (0, 1)]
+DEVICES = "trainer.devices=2"
 
 
 def test_processes_of_torchrun_and_slurm_train_the_same(tmp_path):
     saved = []
     for kind in (torchrun, slurm):
         (tmp_path / kind.__name__).mkdir()
-        codes, (first, second) = pair(kind, tmp_path, write(tmp_path / kind.__name__))
+        codes, (first, second) = pair(kind, tmp_path, [*write(tmp_path / kind.__name__), DEVICES])
         assert codes == [0, 0], first + second
         assert "global batch 4 = 2 x 2 devices" in first and "rank 0 of 2" in first and "stage 1" not in second
         (last,) = (tmp_path / kind.__name__ / "logs").glob("pixels-*/checkpoints/last.ckpt")
@@ -66,7 +41,7 @@ class Failing(Shapes):
 def test_a_rank_that_fails_ends_the_others_with_its_own_traceback(tmp_path):
     arguments = write(tmp_path, data={"train": {"target": "test_processes.Failing", "params": {"count": 10}}},
                       trainer={"max_steps": 10**6, "accelerator": "cpu"})  # fmt: skip
-    codes, (first, second) = pair(torchrun, tmp_path, arguments)
+    codes, (first, second) = pair(torchrun, tmp_path, [*arguments, DEVICES])
     assert codes == [1, 1] and "[rank 1] rank 1 failed" in second
     failed_at = float(re.search(r"LookupError: the disk of rank 1 is gone at ([\d.]+) s", second)[1])
     assert time.monotonic() - failed_at < 30

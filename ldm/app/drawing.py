@@ -1,7 +1,8 @@
 """What the commands that draw have in common: arguments, numbered files that tell how they were made, a sheet, previews.
 
 A command is a Task. ``carry_out`` reads its arguments (over those in the metadata of --from-image), refuses what cannot be
-before anything is written, and draws batch by batch; each file is there as soon as it is drawn.
+before anything is written, and draws batch by batch; each file is there as soon as it is drawn. Several processes draw
+the same files as one: each takes its turn at the batches.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from ldm.app.models import (
 from ldm.app.png import SHEET, SHOWN, check_free
 from ldm.app.reading import Row, read, stacked
 from ldm.common.files import UserError
+from ldm.common.team import agreed, collected, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from ldm.parameterization import Prediction
     from ldm.tasks import Frame
 
+SHARED = True  # several processes each draw a part
 PREVIEW, SMALL = "preview.png", 256  # the batch that is being drawn; pixels, the largest side of its pictures there
 Make = Callable[[dict, dict], "Tensor"]  # (rows of a batch, options of Bundle.generate) -> pictures
 
@@ -70,6 +74,9 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
         parser.add_argument("--n-samples", type=positive, default=1, metavar="N", help="pictures of each condition (1)")
     sampling_arguments(parser)
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--also", nargs="+", metavar="TEXT[:W]",
+                        help="further prompts that guide all pictures at the same time, each with its weight (1), below 0 away "
+                             "from it; classes, of models that read no text")
     parser.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction, default=None,
                         help="prompts have weights in them: (more), [less], (word:1.3); default: as stored with the model")
     parser.add_argument("--long", choices=("cut", "error", "window"), default=None,
@@ -98,8 +105,21 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
 
-def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
-    """-> the files that were drawn."""
+def carry_out(args: argparse.Namespace, task: Task, bundle: Bundle | None = None) -> list[Path]:
+    """-> the files that were drawn. bundle: the model, where it is loaded already. Several processes have to call together."""
+    with agreed():  # nobody writes before all have looked
+        files, drawn = prepare(args, task, bundle)
+    with enough_memory():
+        drawn()
+    if place()[0] == 0:
+        print(f"{len(files)} picture{'s' * (len(files) > 1)} in {files[0].parent}")
+        if len(files) > 1:
+            print(f"{'all' if len(files) <= SHOWN else f'the first {SHOWN}'} on {files[0].parent / SHEET}")
+    return files
+
+
+def prepare(args: argparse.Namespace, task: Task, bundle: Bundle | None) -> tuple[list[Path], Callable[[], None]]:
+    """-> the files that are asked for, and what draws them. Nothing is written. UserError for what cannot be."""
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both or neither")
     if not args.outdir:
@@ -113,7 +133,7 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     files = [folder / f"{i:05d}.png" for i in range(task.count(args, n))]
     extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview)
     check_free([*files, *extra], args.overwrite)
-    bundle = load_model(args)
+    bundle = bundle or load_model(args)
     wants = conditions.wanted(bundle, [*task.wants(args, bundle), *guiding(args)], given, task.text)
     if "caption" in wants:
         given.setdefault("caption", [""])
@@ -127,12 +147,8 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     if args.from_image:
         warn_of_differences(args.from_image, facts)
     about = {**({"task": task.name} if task.name else {}), **about_of(args, task, chosen, frame), **facts}
-    with enough_memory():
-        draw(args, bundle, files, rows, make, {**options, **chosen}, about, task.walks(args, chosen["steps"]))
-    print(f"{len(files)} picture{'s' * (len(files) > 1)} in {folder}")
-    if len(files) > 1:
-        print(f"{'all' if len(files) <= SHOWN else f'the first {SHOWN}'} on {folder / SHEET}")
-    return files
+    steps = task.walks(args, chosen["steps"])
+    return files, lambda: draw(args, bundle, files, rows, make, {**options, **chosen}, about, steps)
 
 
 def guiding(args: argparse.Namespace) -> Sequence[Want]:
@@ -147,6 +163,7 @@ def guiding(args: argparse.Namespace) -> Sequence[Want]:
 def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
     """Of Bundle.generate, beside those of its plan."""
     options = {"negative_prompt": args.negative_prompt, "tile": args.tile, "window": args.window,
+               "also": conditions.weighed(bundle, args.also or ()),
                **{name: getattr(args, name) for name in READING}}  # fmt: skip
     if args.classifier:
         from ldm.classifier import by_classifier
@@ -162,24 +179,27 @@ def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
 
 def draw(args: argparse.Namespace, bundle: Bundle, files: list[Path], rows: list[Row], make: Make, options: dict, about: dict,
          steps: int) -> None:
-    """Writes the pictures, and a sheet of them all. steps: of the network for one batch."""
+    """Writes this process's share of the pictures, and the first one a sheet of all processes' pictures. steps: of the network
+    for one batch."""
     import torch
     from tqdm import tqdm
 
     from ldm.callbacks.sheet import sheet, to_image
 
-    shown, captions = [], [caption(row.said) for row in rows]
+    (rank, world), shown, captions = place(), [], [caption(row.said) for row in rows]
     batches = [range(len(files))[start : start + args.batch_size] for start in range(0, len(files), args.batch_size)]
-    with tqdm(total=len(batches) * steps, desc="drawing", unit="step", disable=None) as bar:
-        for batch in batches:
-            watch = Watch(bar, bundle, files[0].parent / PREVIEW, args.preview, args.tile)
+    own_batches = batches[rank::world]
+    with tqdm(total=len(own_batches) * steps, desc="drawing", unit="step", disable=True if rank else None) as bar:
+        for batch in own_batches:
+            watch = Watch(bar, bundle, files[0].parent / PREVIEW, None if rank else args.preview, args.tile)
             pictures = make(stacked([rows[i].values for i in batch]),
                             {**options, "seed": args.seed, "indices": batch, "callback": watch})  # fmt: skip
             for i, picture in zip(batch, pictures.cpu(), strict=True):
                 own = {"seed": args.seed + i, **about, **rows[i].said}
                 png.write(files[i], to_image(picture), None if args.no_metadata else own)
-                shown += [picture] if i < SHOWN else []
-    if len(files) > 1:
+                shown += [(i, picture)] if i < SHOWN else []
+    shown = [picture for _, picture in collected(shown, key=itemgetter(0))]
+    if len(files) > 1 and rank == 0:
         samples = getattr(args, "n_samples", 1)
         page = sheet(torch.stack(shown), captions[:SHOWN], samples if 1 < samples < len(files) else None)
         own = {"prompts": captions[:SHOWN], "seed": args.seed, **about}

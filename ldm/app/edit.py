@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Edit a picture by its prompt: --prompt WHAT_IT_SHOWS WHAT_IT_IS_TO_SHOW (DDIM inversion)."
+SHARED = drawing.SHARED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

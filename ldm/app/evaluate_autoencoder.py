@@ -61,17 +61,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.common.team import place, wait
+    from ldm.common.team import agreed, place
     from ldm.metrics.reconstruction import measure
 
-    if args.size and not args.images:
-        raise UserError("--size: belongs to --images; data sets have their own size")
-    if args.images:
-        check_source(Path(args.images))
-    files = figures_and_sheet(args)
-    check_free([file for file in files if file and args.outdir and file.parent == Path(args.outdir)], args.overwrite)
-    check_free([Path(args.out)] if args.out else [], overwrite=True)
-    wait()  # before another process has written there
+    with agreed():  # nobody writes before all have looked
+        if args.size and not args.images:
+            raise UserError("--size: belongs to --images; data sets have their own size")
+        if args.images:
+            check_source(Path(args.images))
+        files = figures_and_sheet(args)
+        check_free([file for file in files if file and args.outdir and file.parent == Path(args.outdir)], args.overwrite)
+        check_free([Path(args.out)] if args.out else [], overwrite=True)
     bundle = load_autoencoder(args)
     autoencoder = bundle.autoencoder
     extractor = extractor_from(args, autoencoder.image_channels, bundle.device)

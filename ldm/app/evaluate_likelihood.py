@@ -66,16 +66,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ldm.common.team import place, wait
+    from ldm.common.team import agreed, place
     from ldm.common.weights import evaluating
     from ldm.metrics.likelihood import evaluate
 
-    check(args)
     folder = Path(args.outdir) if args.outdir else None
     figures = Path(args.out) if args.out else folder and folder / FIGURES
     curve = [folder / CURVE, folder / PLOT] if folder and args.rate_distortion else []
-    check_free([*curve, folder / FIGURES] if folder and not args.out else curve, args.overwrite)
-    wait()  # before another process has written there
+    with agreed():  # nobody writes before all have looked
+        check(args)
+        check_free([*curve, folder / FIGURES] if folder and not args.out else curve, args.overwrite)
     bundle = load_model(args).float().requires_grad_(False)
     bundle.check_conditioner(1.0)
     settings, about = settings_from(args, bundle)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Draw pictures from what the model reads: prompts, classes, maps, boxes ..., or from nothing."
+SHARED = drawing.SHARED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    drawing.carry_out(args, Task("", plan, text=True))
+    drawing.carry_out(args, TASK)
 
 
 def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame) -> tuple[list[Row], Make]:
@@ -35,3 +36,6 @@ def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame
 def several(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
     """Each row --n-samples times."""
     return [row for row in rows for _ in range(args.n_samples)]
+
+
+TASK = Task("", plan, text=True)

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from ldm.app.launch import OnAllRanks
 from ldm.app.parts import Tell, in_words, load_autoencoder, one_pass
 from ldm.app.runs import Job, finished, stage1_key
 from ldm.app.stages import Stage
 from ldm.common.build import build, plain
-from ldm.common.files import UserError
+from ldm.common.files import OnAllRanks, UserError
 from ldm.data.loader import make_loader
 from ldm.load import read
 

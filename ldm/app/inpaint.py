@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Paint what a mask shows white, or around a picture; the other pixels stay as they are, to the bit."
+SHARED = drawing.SHARED
 OPTIONS = {"method": "auto", "jump": 10, "resample": 10, "feather": 0, "expand": None}
 
 

@@ -14,6 +14,7 @@ from ldm.app.img2img import check_share
 from ldm.app.models import positive
 from ldm.app.png import check_free
 from ldm.common.files import UserError, atomic_write
+from ldm.common.team import agreed, place
 
 if TYPE_CHECKING:
     from ldm.app.reading import Row
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Draw pictures on the way between two prompts (--prompt A B), seeds, other conditions, or pictures (--image A B)."
+SHARED = drawing.SHARED
 ANIMATED = (".gif", ".webp")
 
 
@@ -40,15 +42,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.animation:
-        if Path(args.animation).suffix not in ANIMATED:
+    with agreed():
+        if args.animation and Path(args.animation).suffix not in ANIMATED:
             raise UserError(f"--animation {args.animation}: expected a name that ends in {' or '.join(ANIMATED)}")
-        check_free([Path(args.animation)], args.overwrite)
+        check_free([Path(args.animation)] if args.animation else [], args.overwrite)
     if args.frames:
         args.shares = [i / max(1, args.frames - 1) for i in range(args.frames)]
     options = {"shares": [i / 7 for i in range(8)], "seeds": None, "way": "lerp", "strength": None}
     files = drawing.carry_out(args, Task("interpolate", plan, wants, lambda args, n: len(args.shares), options))
-    if args.animation:
+    if args.animation and place()[0] == 0:
         animate(files, Path(args.animation), args.fps)
 
 

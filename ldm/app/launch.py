@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ldm.common.files import UserError
+from ldm.common.files import OnAllRanks, UserError
 
 log = logging.getLogger(__name__)
 PATIENCE = 15.0  # seconds that the others get to leave by themselves when one process has failed
@@ -25,10 +25,6 @@ MEETING = 60.0  # seconds in which processes have to find one another
 EXCHANGE = timedelta(minutes=30)  # that one process may be behind the others
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TOGETHER = {2, 3, *(128 + number for number in PASSED_ON)}  # statuses of main.py that all processes end with, one after another
-
-
-class OnAllRanks(UserError):
-    """A mistake that every process finds: one of them tells it."""
 
 
 def needed(group: Any) -> bool:
@@ -106,12 +102,12 @@ def in_turn(group: Any, action: Callable[[], None]) -> None:
 
 
 def decided(group: Any, decide: Callable[[], Any]) -> Any:
-    """-> what rank 0 decides, on all ranks; its UserError too."""
+    """-> what rank 0 decides, on all ranks; its UserError, or what a disk refuses it, too."""
     answer = None
     if group.is_global_zero:
         try:
             answer = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = OnAllRanks(str(error))
     answer = group.strategy.broadcast(answer)
     if isinstance(answer, OnAllRanks):
@@ -175,7 +171,7 @@ def start(count: int, command: Sequence[str]) -> int:
 
 
 def _status(processes: list[subprocess.Popen]) -> int:
-    """As a shell would say it: 128 + n for signal n. SIGTERM is what we ourselves end the others with: it counts last."""
+    """As a shell would say it: 128 + n for signal n. Those that we ourselves end the others with count last."""
     codes = [128 - process.returncode if process.returncode < 0 else process.returncode for process in processes]
-    by_us = 128 + signal.SIGTERM
-    return next((code for code in codes if code not in (0, by_us)), max(codes))
+    by_us = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+    return next((code for code in codes if code not in (0, *by_us)), None) or min(filter(None, codes), default=0)

@@ -280,13 +280,16 @@ def run_folder(job: Job, stage: Stage, module: nn.Module, logdir: str | Path, po
             raise UserError(f"--resume: {stage.init_from} is no longer the model that {job.checkpoint} changes (hash {base}, "
                             f"now {stage.init_key}); to train changes of the new one, give --init-from in place of --resume")
     folder = job.run or new_folder(logdir, stage.name, postfix if stage.number == stage.count else None)
-    (folder / "DONE").unlink(missing_ok=True)  # until it is again
     config = stage.config
-    if stage.before is not None:  # as it was, arguments included: the folder needs no other config
-        _write_config(folder / STAGE1, stage.before.config)
-        config = {**config, "autoencoder": {"config": STAGE1}}
-    _write_config(folder / "config.yaml", config)
-    _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key, "batch": batch})
+    try:
+        (folder / "DONE").unlink(missing_ok=True)  # until it is again
+        if stage.before is not None:  # as it was, arguments included: the folder needs no other config
+            _write_config(folder / STAGE1, stage.before.config)
+            config = {**config, "autoencoder": {"config": STAGE1}}
+        _write_config(folder / "config.yaml", config)
+        _write_facts(folder, {**_read(folder / "run.json"), "autoencoder": stage.autoencoder_key, "batch": batch})
+    except OSError as error:
+        raise UserError(f"--logdir {logdir}: the run folder cannot be written ({error}); choose another place") from error
     return folder
 
 

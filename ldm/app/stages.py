@@ -197,10 +197,28 @@ def mistakes_in(config: dict) -> list[str]:
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     mistakes += trainer_words.mistakes(trainer, manual=not config.get("autoencoder"))
+    if trainer.get("strategy") == "fsdp2":
+        mistakes += _unshared(config, trainer)
     name = config.get("name")
     if isinstance(name, str) and not is_name(name):
         mistakes.append(f"name: expected a name for a folder, got {name!r}")
     return mistakes + _check_numbers(config, trainer)
+
+
+def _unshared(config: dict, trainer: dict) -> list[str]:
+    """What cannot be where weights lie in shares."""
+    model = config.get("model")
+    params = (model.get("params") if isinstance(model, dict) else None) or {}
+    optimizer = params.get("optimizer") if isinstance(params, dict) else None
+    why = {
+        "it shares out diffusion models; this config trains another": not config.get("autoencoder") or "classifier" in params,
+        "model.params.lora is small, and what it changes is frozen": "lora" in params,
+        "model.params.snapshots are written of whole weights": "snapshots" in params,
+        "Muon works on whole matrices": str((optimizer or {}).get("target")).endswith("Muon"),
+        "fp16's scaler does not know shares; trainer.precision: bf16-mixed does": "16-" in str(trainer.get("precision"))
+        and not str(trainer.get("precision")).startswith("bf"),
+    }
+    return [f"trainer.strategy: fsdp2: {reason}; or take ddp" for reason, true in why.items() if true]
 
 
 def is_name(text: str) -> bool:

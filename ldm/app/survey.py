@@ -105,9 +105,11 @@ class Survey:
         averaged = sum(part.frozen for part in self.parts if part.name == EMA)
         # a text encoder whose states are cached is not there while training
         parts = [part for part in self.parts if part.name != "text encoder" or not self.cache.text]
-        here = sum(part.trainable + part.frozen for part in parts) - averaged
+        share = self.world if self.stage.trainer.get("strategy") == "fsdp2" else 1  # of what is trained, and its averages
+        frozen = sum(part.frozen for part in parts) - averaged
+        trained, averaged = -(-sum(part.trainable for part in parts) // share), -(-averaged // share)
         activations = self.activations * self.stage.batch_size // (2 if self.half else 1)
-        return {"weights": WORD * here, "gradients": WORD * self.trainable, "optimizer": WORD * MOMENTS * self.trainable,
+        return {"weights": WORD * (frozen + trained), "gradients": WORD * trained, "optimizer": WORD * MOMENTS * trained,
                 "averaged": WORD * averaged, "activations": activations}  # fmt: skip
 
     @property

@@ -30,6 +30,9 @@ def mistakes(trainer: dict, manual: bool) -> list[str]:
               for line in outside(trainer.get(key), reach, f"trainer.{key}")]  # fmt: skip
     if any(kind in str(trainer.get("strategy")) for kind in ("spawn", "fork", "notebook")):
         found.append(f"trainer.strategy: processes are started by this program, got {trainer['strategy']!r}; take ddp")
+    if any(kind in str(trainer.get("strategy")) for kind in ("fsdp", "deepspeed", "xla")) and trainer["strategy"] != "fsdp2":
+        found.append(f"trainer.strategy: {trainer['strategy']!r} is not known here; take ddp, or fsdp2, which keeps weights in "
+                     "shares")  # fmt: skip
     if trainer.get("precision") in ("bf16-true", "16-true"):
         found.append(f"trainer.precision: {trainer['precision']}: weights and averages of so few digits lose small changes; "
                      f"take {trainer['precision'].replace('true', 'mixed')}")  # fmt: skip
@@ -46,7 +49,7 @@ def _names(trainer: dict) -> list[str]:
     from pytorch_lightning.strategies import StrategyRegistry
 
     known = {"accelerator": ("auto", "cpu", "gpu", *AcceleratorRegistry.available_accelerators()),
-             "strategy": ("auto", *StrategyRegistry.available_strategies())}  # fmt: skip
+             "strategy": ("auto", "fsdp2", *StrategyRegistry.available_strategies())}  # fmt: skip
     given = {key: trainer.get(key) for key in known}
     return [f"trainer.{key}: there is no {value!r}{near(value, known[key]) or '; auto finds one'}"
             for key, value in given.items() if isinstance(value, str) and value.lower() not in known[key]]  # fmt: skip

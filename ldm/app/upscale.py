@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.tasks import Frame
 
 SUMMARY = "Enlarge pictures with a super-resolution model."
+SHARED = drawing.SHARED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SUMMARY = "Draw pictures like a given one."
+SHARED = drawing.SHARED
 TOLD = {"embedding": "from what its encoder sees in the picture", "img2img": "by noise on the picture, strength {:g} (SDEdit)",
         "inversion": "by the picture's own noise (DDIM inversion), turned by {:g} of the way to new noise"}  # fmt: skip
 

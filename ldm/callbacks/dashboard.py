@@ -3,8 +3,12 @@
 import logging
 import netrc
 import os
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from PIL import Image
@@ -13,7 +17,7 @@ from ldm.common.files import digest
 
 log = logging.getLogger(__name__)
 HOST = "api.wandb.ai"
-PATIENCE = 30  # seconds that wandb may take to reach its server
+PATIENCE = 30  # seconds that wandb may take to reach its server, or to take what it is given
 
 
 class Dashboard:
@@ -40,6 +44,7 @@ class Dashboard:
             self.run = wandb.init(**arguments)
         except wandb.errors.CommError as error:
             log.warning("wandb cannot be reached (%s): this run is written offline", _short(error))
+            wandb.teardown()  # its process believes that the run has begun
             self.run = wandb.init(**arguments | {"mode": "offline"})
 
     def log(self, row: dict) -> None:
@@ -57,11 +62,41 @@ class Dashboard:
         """Any error of a service that training does not depend on: told once, then the dashboard stays shut."""
         if self.run is None and what != "start":
             return
-        try:
-            action()
-        except Exception as error:
+        error = caught(action) if what == "start" else within(PATIENCE, action)  # the start has its own limit
+        if error is not None:
             self.run = None
             log.warning("wandb failed to %s (%s): training goes on without it", what, _short(error))
+            shut()
+
+
+def caught(action: Callable[[], None]) -> Exception | None:
+    """What goes wrong."""
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def within(seconds: float, action: Callable[[], None]) -> Exception | None:
+    """What goes wrong; a TimeoutError where it takes longer, which is then left to itself."""
+    found: list[Exception | None] = []
+    thread = Thread(target=lambda: found.append(caught(action)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else TimeoutError(f"no answer in {seconds:g} s")
+
+
+def shut() -> None:
+    """Ends wandb's own process, which this one would wait for when it ends; one that does not answer is killed."""
+    wandb = sys.modules.get("wandb")
+    if wandb is None or within(PATIENCE, wandb.teardown) is None:
+        return
+    for said in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended since
+            words = said.read_bytes().split(b"\0")
+            if words[0].endswith(b"wandb-core") and str(os.getpid()).encode() in words:
+                os.kill(int(said.parent.name), signal.SIGKILL)
 
 
 def mode() -> str:

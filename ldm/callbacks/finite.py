@@ -38,6 +38,7 @@ class FiniteGradients(pl.Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that lie in shares
         module.log("train/grad_norm", norm)
         if torch.isfinite(norm) or (scaler is not None and scaler.get_scale() >= 1):
             self.in_a_row = 0
@@ -57,7 +58,7 @@ class FiniteGradients(pl.Callback):
         told = [text for batch in self._batches if (text := self.diagnosis(trainer, module, batch))]
         if trainer.is_global_zero or told:
             ids = {id(p): name for name, p in module.named_parameters()}
-            first = next(ids.get(id(p), "a weight") for p in params if not p.grad.isfinite().all())
+            first = next((ids.get(id(p), "a weight") for p in params if not own(p.grad).isfinite().all()), "another rank")
             found = "; ".join(told) or f"losses here are finite, the first gradient that is not is that of {first}"
             log.warning("step %d skipped: the gradient norm is %s; %s", trainer.global_step, float(norm), found)
         if self.in_a_row >= self.patience:
@@ -79,3 +80,8 @@ class FiniteGradients(pl.Callback):
         if not bad.any():
             return None
         return f"the loss is not finite for {listed(samples_of(batch, bad))}" + (f" ({where})" if where else "")
+
+
+def own(gradient: torch.Tensor) -> torch.Tensor:
+    """What of it lies on this rank."""
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient

@@ -83,7 +83,8 @@ def judged(originals: Tensor, classes: Tensor, seed: int = 0) -> Callable[[Light
 
 
 class Pictures(Callback):
-    """Every so many steps a sheet in `folder` (and to the viewers), drawn by rank 0; 0: none on the way."""
+    """Every so many steps a sheet in `folder` (and to the viewers), drawn by rank 0, or by all together where weights lie in
+    shares; 0: none on the way."""
 
     def __init__(self, panel: Callable[[LightningModule], Panel], folder: Path, every: int, clock: Clock,
                  viewers: Sequence[Viewer] = ()) -> None:
@@ -95,14 +96,18 @@ class Pictures(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         step = trainer.global_step
-        if self.every and step != self._step and step % self.every == 0 and trainer.is_global_zero:
+        if self.every and step != self._step and step % self.every == 0:
             with self.clock.pause("pictures"):
-                self.draw(module, step)
+                self.draw(trainer, module, step)
         self._step = step
 
-    def draw(self, module: LightningModule, step: int, name: str | None = None) -> Path | None:
-        """-> the sheet; None where the disk is full, which ends no training."""
+    def draw(self, trainer: Any, module: LightningModule, step: int, name: str | None = None) -> Path | None:
+        """-> the sheet; None on other ranks, and where the disk is full, which ends no training. All ranks have to call."""
+        if not (trainer.is_global_zero or getattr(trainer.strategy, "sharded", False)):
+            return None
         panel = self.panel(module)
+        if not trainer.is_global_zero:
+            return None
         image = sheet(panel.pictures, panel.captions, panel.columns)
         path = self.folder / (name or f"step-{step:06d}.png")
         try:

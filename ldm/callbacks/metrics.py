@@ -1,7 +1,9 @@
 """Everything that the module logs, one JSON object a line."""
 
 import json
+import logging
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +17,8 @@ from torch import Tensor
 from ldm.callbacks.clock import Clock
 from ldm.common.files import atomic_write
 
+log = logging.getLogger(__name__)
+
 
 class Reader(Protocol):
     """Whoever else wants the lines."""
@@ -26,12 +30,13 @@ class Metrics(Callback):
     """Every so many steps a line in `path`: step, images_seen, time (seconds since 1970), images_per_s and data_wait (share
     of the time that training waited for data) since the line before, and all logged numbers, means over all ranks and over
     the batches that were accumulated for this step; after each validation a line of its results. Only rank 0 writes. A
-    resumed run drops the lines after the step that it starts from.
+    resumed run drops the lines after the step that it starts from. Lines that the disk does not take are written when it does.
     """
 
     def __init__(self, path: Path, every: int, clock: Clock, readers: Sequence[Reader] = ()) -> None:
         self.path, self.every, self.clock, self.readers = Path(path), every, clock, readers
         self._step = self._images = 0
+        self._unwritten: list[str] = []  # lines that the disk has not taken
         self._training = self._waiting = 0.0
         self._last: dict[str, Tensor] = {}  # logged values
         self._fresh: dict[str, list[Tensor]] = defaultdict(list)  # those of the batches of the step at hand
@@ -96,11 +101,29 @@ class Metrics(Callback):
             return
         row = {"step": trainer.global_step, "images_seen": module.images_seen, "time": round(time.time(), 2)}
         row |= {name: _number(value) for name, value in numbers.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            append(self.path, "".join(self._unwritten))
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                log.warning("%s: numbers not written, training goes on and tries again: %s", self.path, error)
+        else:
+            self._unwritten.clear()
         for reader in self.readers:
             reader.log(row)
+
+
+def append(path: Path, text: str) -> None:
+    """All of the text or nothing of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)
+        raise
 
 
 def _validates(name: str) -> bool:

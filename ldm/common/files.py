@@ -30,20 +30,29 @@ class UserError(ValueError):
         return said.rpartition("UserError: ")[2].rstrip() if WORKER.match(said) else said
 
 
+class OnAllRanks(UserError):
+    """A mistake that every process finds: one of them tells it."""
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path` (made if absent) with the same suffix; the body writes there.
 
     When the body ends, the file is flushed to disk and renamed over `path`: readers see the old file or the whole new
     one, whatever happens. When the body raises, the temporary file is removed and `path` is as it was. A full disk
-    (quota, limit of a file's size) raises OSError with `path` and the free space in its message.
+    (quota, limit of a file's size) raises OSError with `path` and the free space in its message. Whoever may read new files
+    may read it: some writers (safetensors) make theirs for the owner alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent.resolve())
     temporary = path.parent / f"{_mark()}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, which cannot be asked for without changing it
+        temporary.unlink()
         yield temporary
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
         with suppress(OSError):  # some network file systems cannot flush a folder; the file itself is safe

@@ -43,6 +43,7 @@ def wandb(monkeypatch):
         return fake.run
 
     fake.init = init
+    fake.teardown = lambda: None
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return fake
 

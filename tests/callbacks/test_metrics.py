@@ -1,9 +1,12 @@
 import json
+import resource
 
+import pytest
+from pytorch_lightning import Callback
 from tiny_training import Tiny, fit
 
 from ldm.callbacks.clock import Clock
-from ldm.callbacks.metrics import Metrics
+from ldm.callbacks.metrics import Metrics, append
 
 
 class Reader:
@@ -60,3 +63,35 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
     path.write_text('{"step": 0, "a": 1}\n{"step": 2}\n{"step": 0}\n{"st')  # it starts at step 0 again
     run(path, 4)
     assert [row["step"] for row in rows(path)] == [0, 0, 2, 4]
+
+
+def test_lines_that_the_disk_refuses_are_written_later(tmp_path, caplog):
+    path, elsewhere = tmp_path / "metrics.jsonl", tmp_path / "elsewhere"
+
+    class Trouble(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 2:
+                path.rename(elsewhere)
+                path.mkdir()
+            if trainer.global_step == 7:
+                path.rmdir()
+                elsewhere.rename(path)
+
+    clock = Clock()
+    fit([clock, Trouble(), Metrics(path, 2, clock)], steps=10)
+    assert [row["step"] for row in rows(path)] == [2, 4, 6, 8, 10]
+    assert [record.message.count("training goes on and tries again") for record in caplog.records if "metrics" in record.message] == [1]
+
+
+def test_a_full_disk_takes_whole_lines_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append(path, "one\n")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="too large"):
+            append(path, "two hundred\n")
+        assert path.read_text() == "one\n"
+        append(path, "two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert path.read_text() == "one\ntwo\n"
