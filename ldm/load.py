@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ldm.bundle import Bundle
 from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
-from ldm.common.build import plain
+from ldm.common.build import check_call, plain
 from ldm.common.files import UserError, nearest, one_line, parse_json
 from ldm.common.weights import no_larger_than
 from ldm.interop import (
@@ -108,10 +108,7 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
     found = read(path, config)
     if config is not None and not found.foreign:
         _warn_of_differences(found, config)
-    about = found.about
-    with _told(f"{found.path}: the model that its config describes cannot be built"), no_larger_than(found.tensors):
-        _announce(found)
-        bundle = found.planned or Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
+    bundle = plan(found, trust)
     with _told(f"{found.path}: its weights cannot be used"):
         bundle.assign(found.weights(ema), origin=str(found.path))
         _check_autoencoder(found, bundle)
@@ -125,6 +122,32 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
         if kind := dtype or _usable(part, device):
             part.to(dtype=kind)
     return bundle if device.type == "cpu" else bundle.to(device)
+
+
+def plan(found: Checkpoint, trust: bool = False) -> Bundle:
+    """The model that a checkpoint describes, without weights. UserError in one line."""
+    about = found.about
+    with _told(f"{found.path}: the model that its config describes cannot be built"), no_larger_than(found.tensors):
+        _announce(found)
+        _check_sampling(found)
+        return found.planned or Bundle.from_config(about["config"], sampling=about.get("sampling"), about=about, trust=trust)
+
+
+def _check_sampling(found: Checkpoint) -> None:
+    """What our own files say of how to sample is of the right form."""
+    said = found.about.get("sampling") or {}
+    size = said.get("size") if isinstance(said, dict) else None
+    if found.foreign:
+        return
+    if not isinstance(said, dict) or not (size is None or _are_sides(size)):
+        raise UserError(f"sampling: expected names with values, size two whole numbers, got {str(said)[:200]}")
+    known = {key: value for key, value in said.items() if key != "size"}
+    if mistakes := check_call(configs.Sampling, known, "sampling"):
+        raise UserError("; ".join(mistakes))
+
+
+def _are_sides(size: object) -> bool:
+    return isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
 
 
 def _usable(part: nn.Module, device: torch.device) -> torch.dtype | None:

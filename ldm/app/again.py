@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ldm.app import png
 from ldm.app.conditions import unchanged
 from ldm.app.models import precision_name
+from ldm.common.build import check_call
 from ldm.common.files import UserError, file_sha256
+from ldm.common.limits import limits
+from ldm.common.signatures import parameters
 
 if TYPE_CHECKING:
     from ldm.app.drawing import Task
@@ -22,6 +25,23 @@ READING = ("prompt_weights", "long")  # how prompts are read
 KEPT = ("precision", "autoencoder_precision", "tile", "window", "fit", "negative_prompt", "also", *READING)
 
 
+def schema(seed: int = 0, size: list[int] | None = None, steps: int | None = None, scale: float | None = None,
+           guidance: dict[str, float | None] | None = None, sampler: str | dict | None = None,
+           times: str | dict | list[float] | list[list[float]] | None = None,
+           negative_prompt: str | None = None, prompt: str | None = None, prompt_weights: bool | None = None,
+           long: Literal["cut", "error", "window"] | None = None, fit: Literal["error", "pad"] | None = None,
+           precision: str | None = None, autoencoder_precision: str | None = None, batch_size: int | None = None,
+           tile: int | None = None, window: int | None = None, lora: list[str] | None = None, expand: list[int] | None = None,
+           classifier: dict | None = None, strength: float | None = None, factor: int | None = None, refine: int | None = None,
+           method: str | None = None, way: str | None = None, shares: list[float] | None = None,
+           seeds: list[int] | None = None, jump: int = 1, resample: int = 1, feather: int = 0) -> None:
+    """What a picture says of how it was drawn, as far as it is used: the values that may stand there."""
+
+
+schema.check_params = limits(size=(1, 2**16), steps=1, tile=1, window=1, expand=0, seed=0, factor=1, refine=0, jump=1,
+                              resample=1, feather=0)  # fmt: skip
+
+
 def recalled(args: argparse.Namespace, task: Task) -> dict:
     """The metadata of --from-image, {} without; arguments that are not given are filled in from it, or by their defaults."""
     old = png.read(args.from_image) if args.from_image else {}
@@ -29,6 +49,8 @@ def recalled(args: argparse.Namespace, task: Task) -> dict:
         raise UserError(f"{args.from_image}: its metadata is not that of one drawn picture; was it drawn by this program?")
     if old and old.get("task", "") != task.name:
         raise UserError(f"{args.from_image}: `python -m ldm {old.get('task') or 'generate'}` has drawn it, and draws it again")
+    if mistakes := check_call(schema, {key: old[key] for key in old.keys() & parameters(schema)[0].keys()}, ""):
+        raise UserError(f"{args.from_image}: its metadata (text chunk `ldm`) cannot be used: {'; '.join(mistakes)}")
     for name in (*KEPT, *task.options):
         if getattr(args, name) is None:
             setattr(args, name, old.get(name))
@@ -54,8 +76,12 @@ def is_drawn(old: dict) -> bool:
     if not all(isinstance(group, dict) for group in groups):
         return False
     files = [file for group in groups[1::2] for file in group.values()] + [old[key] for key in ("classifier",) if key in old]
+    guidance, margins = old.get("guidance") or {"scale": 1}, old.get("expand") or [0] * 4
+    if not (isinstance(guidance, dict) and "scale" in guidance and isinstance(margins, list) and len(margins) == 4):
+        return False
     return (isinstance(size, list) and [type(side) for side in size] == [int, int]
-            and all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in files))  # fmt: skip
+            and all(isinstance(file, dict) and isinstance(file.get("path"), str)
+                and isinstance(file.get("sha256"), str) for file in files))  # fmt: skip
 
 
 def merged(args: argparse.Namespace, settings: dict, old: dict) -> dict:

@@ -122,6 +122,8 @@ def prepare(args: argparse.Namespace, task: Task, bundle: Bundle | None) -> tupl
     """-> the files that are asked for, and what draws them. Nothing is written. UserError for what cannot be."""
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both or neither")
+    if not args.outdir:
+        raise UserError("--outdir: expected a folder, got an empty text; the current one is .")
     settings, old = sampling_of(args), recalled(args, task)
     given = conditions.asked(args, old)
     conditions.check_files(given)

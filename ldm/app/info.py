@@ -6,6 +6,8 @@ import argparse
 import json
 from collections import Counter
 
+from ldm.common.files import UserError
+
 SUMMARY = "Show how a picture was made, what is in a checkpoint, or how two differ."
 NAMED = 10  # differences that are shown of a part
 
@@ -52,7 +54,11 @@ def everything(path: str) -> dict:
     found = read(path)  # a file that is none ends here, in a line
     if found.path.suffix == ".safetensors":
         return {"state_dict": found.tensors}
-    return torch.load(found.path, map_location="cpu", mmap=True, weights_only=True)
+    try:
+        return torch.load(found.path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever torch runs into in a damaged file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged, or not written by this program: {reason}") from error
 
 
 def about_checkpoint(path: str) -> dict:

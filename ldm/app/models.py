@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,9 @@ def sampling_of(args: argparse.Namespace) -> dict:
         wrong += [] if times is None or isinstance(times, list) else problems(times, TIMES, "--times")
         if wrong:
             raise UserError("; ".join(wrong))
+    for flag in ("scale", "rescale", "eta"):
+        if (value := getattr(args, flag)) is not None and not isfinite(value):
+            raise UserError(f"--{flag} {value}: expected a number that is finite")
     low, high = args.guidance_interval or (None, None)
     guidance = {"scale": args.scale, "low": low, "high": high, "rescale": args.rescale}
     guidance = {key: value for key, value in guidance.items() if value is not None}
@@ -146,7 +150,9 @@ def enough_memory():
 
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):  # what torch says on a CPU
+            raise
         raise UserError("the device's memory is full; try a smaller --batch-size or size, --precision bf16, --tile 256 "
                         "(txt2img, reconstruct), or --device cpu") from error
 

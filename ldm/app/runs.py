@@ -27,6 +27,7 @@ from ldm.common.files import UserError, atomic_write, free_bytes
 from ldm.common.weights import unwrapped
 from ldm.load import kind as kind_in
 
+STATE = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "pytorch-lightning_version")
 STAGE1 = "stage1.yaml"  # in a run folder of stage 2
 
 
@@ -103,6 +104,16 @@ def _whole(path: Path) -> bool:
             return file.testzip() is None
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return False
+
+
+def _lacking(path: Path) -> str | None:
+    """What keeps a run from going on from a checkpoint."""
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        missing = [key for key in STATE if key not in saved]
+    except Exception as error:  # torch, and pickle in it, pass on whatever they ran into
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return f"it has no {', '.join(missing)}" if missing else None
 
 
 def _step(path: Path) -> int:
@@ -235,6 +246,9 @@ def checkpoint_to_resume(resume: str, tell: Callable[[str], None] = lambda text:
     if path.is_file():
         if not _whole(path):
             raise UserError(f"--resume {resume}: not a whole checkpoint; for the newest whole one give its run folder")
+        if lacking := _lacking(path):
+            raise UserError(f"--resume {resume}: no run can go on from it: {lacking}; --init-from begins with the weights of a "
+                            "model")
         return path
     found = newest(path, tell) if path.is_dir() else None
     if found is None:

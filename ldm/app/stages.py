@@ -161,7 +161,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: st
     config |= {key: value for key, value in given.items() if value is not None}
     if isinstance(config.get("init_from"), str):
         config["init_from"] = str(Path(config["init_from"]).expanduser().absolute())
-    mistakes = _check(config)
+    mistakes = mistakes_in(config)
     source = config.get("autoencoder")
     first = source.get("config") if isinstance(source, dict) else None
     own = [o.removeprefix(FIRST) for o in overrides if o.startswith(FIRST)]
@@ -174,7 +174,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: st
     except UserError as error:
         return [Stage(config)], [*mistakes, str(error)]
     earlier |= {"seed": seed} if seed is not None else {}
-    mistakes += [f"{first}: {mistake}" for mistake in _check(earlier)]
+    mistakes += [f"{first}: {mistake}" for mistake in mistakes_in(earlier)]
     if earlier.get("autoencoder"):
         mistakes.append(f"{first}: expected the config of an autoencoder's training, this one trains on top of one")
     stage1 = Stage(earlier, 1, 2)
@@ -191,7 +191,8 @@ def _shared(earlier: dict, config: dict) -> dict:
     return earlier
 
 
-def _check(config: dict) -> list[str]:
+def mistakes_in(config: dict) -> list[str]:
+    """All that can be told of one config before anything is made."""
     mistakes = [_with_way_out(mistake) for mistake in check_config(config)]
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}

@@ -16,7 +16,7 @@ from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.common.weights import compare, required
 from ldm.interop.lora_files import WEIGHTS
-from ldm.load import kind, load, read
+from ldm.load import kind, load, plan, read
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def outline(stage: Stage, trust: bool) -> tuple[Bundle, bool]:
     than this config names."""
     found = read(stage.init_from)
     trust = trust or targets(found.about.get("config")) <= targets(stage.config)
-    return Bundle.from_config(found.about["config"], about=found.about, trust=trust), found.has_ema
+    return plan(found, trust), found.has_ema
 
 
 def parts_of(module: Any) -> dict[str, nn.Module]:

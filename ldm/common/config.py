@@ -279,7 +279,8 @@ def _check_names(config: dict) -> list[str]:
     mistakes = []
     for (name, key), registry in NAMES.items():
         module, _, attribute = registry.rpartition(".")
-        value = (config.get(name) or {}).get(key)
+        section = config.get(name)
+        value = section.get(key) if isinstance(section, dict) else None
         choices = getattr(import_module(module), attribute) if isinstance(value, str) else ()
         if isinstance(value, str) and value not in choices:
             mistakes.append(f"{name}.{key}: expected one of {', '.join(choices)}, got {value!r}{near(value, choices)}")

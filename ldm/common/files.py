@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+OS_ERROR = re.compile(r"\(os error (\d+)\)")
 WORKER = re.compile(r"Caught UserError in .*\.\nOriginal Traceback")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, limit of a file's size
 
@@ -64,6 +65,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     except Exception as error:
         number = _no_space(error, temporary)
         if number is None:
+            if told := OS_ERROR.search(str(error)):  # of safetensors, whose errors are none of the system's
+                raise OSError(int(told[1]), f"cannot write {path}: {os.strerror(int(told[1]))}") from error
             raise
         size = temporary.stat().st_size if temporary.exists() else 0
         message = f"no space to write {path}: stopped after {_mib(size)}, {_mib(free_bytes(path))} are free there"
@@ -83,7 +86,7 @@ def _mib(size: int) -> str:
 def _no_space(error: Exception, temporary: Path) -> int | None:
     """-> the error number if writing failed for want of space. safetensors has it in its text (`os error 28`), where
     torch.save hides it (`unexpected pos 768 vs 662`): then ask the disk, does the file take another block?"""
-    told = re.search(r"\(os error (\d+)\)", str(error))
+    told = OS_ERROR.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
     if number is not None:
         return number if number in FULL else None

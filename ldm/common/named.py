@@ -75,7 +75,10 @@ def parse(text: str) -> str | dict | list[float]:
 
 def _value(text: str) -> Any:
     """What YAML reads, and numbers such as 1e9, which it takes for text."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{text!r}: not a value that YAML can read") from error
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
