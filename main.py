@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("-t", "--train", action="store_true", help="train")
     add("-r", "--resume", metavar="RUN", help="run folder or .ckpt to go on from; auto: newest unfinished run of this name")
     add("--init-from", "--init_from", metavar="PATH", help="model whose weights to begin with (weights alone: step 0, new "
-        "optimizer); --resume goes on with a run")
+        "optimizer); --resume goes on with a run, and --resume auto beside this does where there is one to go on with")
     add("-n", "--name", help="of the run, in place of the config's")
     add("-p", "--postfix", help="added to the name of the run folder")
     add("-l", "--logdir", default="logs", help="folder of run folders (%(default)s)")
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.base and args.resume:  # a run folder, or a checkpoint in one, knows its config
         places = (Path(args.resume), Path(args.resume).absolute().parent.parent)
         args.base = [str(place / "config.yaml") for place in places if (place / "config.yaml").is_file()][:1]
-    if args.init_from and args.resume:
+    if args.init_from and args.resume not in (None, "auto"):
         parser.error("--init-from begins anew with a model's weights, --resume goes on with a run: give one of them")
     if not args.base:
         parser.error("which config? add --base configs/ldm_txt2img.yaml")
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             planned = runs.alone(planned, args.resume)
         if args.check:
             return check(planned, args)
+        starts.check_names(args.postfix)
         probe = [make_trainer(stage) for stage in planned][-1]
         if launch.needed(probe):
             if probe.num_nodes > 1:
@@ -102,15 +103,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(planned: list, args: argparse.Namespace) -> int:
     """Prints the plan; gives back 2 where something is in its way."""
-    from ldm.app import plan, stages, starts, survey, terminal
+    from ldm.app import plan, runs, stages, starts, survey, terminal
 
     made: dict = {}
+    starts.check_names(args.postfix)
     problems = [mistake for stage in planned for mistake in stage.open(made)]
     world = survey.world(planned[-1].trainer)
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, world)
     surveys, more = survey.surveys(planned, world, args.trust)
     more += starts.checked([found.stage for found in surveys], [found.module for found in surveys], args.trust)
+    if not problems and not more:
+        runs.jobs(planned, args.logdir, args.resume, args.postfix)
     for found in surveys:
         terminal.say("\n  ".join(plan.summary(found) + plan.details(found)))
     terminal.report("\n".join(problems + more))
@@ -126,7 +130,7 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
     mistakes = [mistake for stage in planned for mistake in stage.open(made)]
     for stage in planned if args.scale_lr else ():
         stages.scale_lr(stage, group.world_size)
-    surveys, more = survey.surveys(planned, group.world_size, args.trust) if not mistakes else ([], [])
+    surveys, more = survey.surveys(planned, group.world_size, args.trust)
     if args.resume in (None, "auto"):
         more += starts.checked([found.stage for found in surveys], [found.module for found in surveys], args.trust)
     if mistakes + more:

@@ -14,6 +14,7 @@ from autoencoder.base import Bottled, without_autocast
 from autoencoder.codes import Codebook, straight_through, summed, usage
 from autoencoder.lattices import FSQ, LFQ
 from autoencoder.losses import kl_divergence
+from ldm.common.limits import limits
 from ldm.common.team import place
 
 __all__ = ["FSQ", "KL", "LFQ", "Plain", "VQ", "summed", "usage"]
@@ -24,6 +25,8 @@ class KL(nn.Module):
 
     Features carry mean and log-variance: 2 * channels. The log-variance is clamped to [-30, 20].
     """
+
+    check_params = staticmethod(limits(channels=1))
 
     def __init__(self, channels: int = 4):
         super().__init__()
@@ -46,6 +49,8 @@ class KL(nn.Module):
 
 class Plain(nn.Module):
     """No bottleneck but the number of channels: a deterministic autoencoder."""
+
+    check_params = staticmethod(limits(channels=1))
 
     def __init__(self, channels: int = 4):
         super().__init__()
@@ -75,6 +80,8 @@ class VQ(Codebook):
         restart: an entry used less than this share of the uniform use is put where a random feature is; 0: never.
         window: how many of the last codes ``usage`` looks at, on each rank; None: 65,536, or 4 K if that is more.
     """
+
+    check_params = staticmethod(limits(channels=1, codes=1, beta=0, decay=(0, 1), window=1))
 
     def __init__(self, channels: int = 4, codes: int = 1024, beta: float = 0.25, legacy: bool = False,
                  learn: Literal["gradient", "ema"] = "gradient", cosine: bool = False, decay: float = 0.99,

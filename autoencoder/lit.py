@@ -26,6 +26,7 @@ from autoencoder.statistics import IMAGES, Tally, measure
 from ldm.common.build import Block
 from ldm.common.ema import Ema
 from ldm.common.finite import bad_rows, culprit, listed, samples_of
+from ldm.common.limits import limits
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal
 from ldm.common.weights import evaluating, wrapped
@@ -52,7 +53,9 @@ class AutoencoderModule(pl.LightningModule):
         seed: of the noise that latents are drawn with.
     """
 
+    kind = "autoencoder"
     given = ("seed",)
+    check_params = staticmethod(limits(accumulate=1, gradient_clip=0, ema_decay=(0, 1)))
 
     def __init__(self, autoencoder: Autoencoder, loss: ReconstructionLoss, optimizer: Block,
                  critic: Adversarial | None = None, critic_optimizer: Block | None = None,
@@ -86,6 +89,12 @@ class AutoencoderModule(pl.LightningModule):
     def trained(self) -> nn.ModuleDict:
         """What the first optimizer steps: everything but the critic. The loss has a weight where its logvar is learned."""
         return nn.ModuleDict({"autoencoder": self.autoencoder, "loss": self.loss, "regularisers": self.regularisers})
+
+    def train(self, mode: bool = True) -> AutoencoderModule:
+        super().train(mode)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
 
     def configure_optimizers(self) -> tuple[list, list]:
         steps = self.trainer.max_steps if self.trainer.max_steps > 0 else None

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.common.limits import limits
+
 
 def l1(x: Tensor, y: Tensor) -> Tensor:  # (B,C,H,W) twice -> (B,)
     return (x - y).abs().mean(dim=(1, 2, 3))
@@ -108,6 +110,8 @@ class ReconstructionLoss(nn.Module):
         logvar: logarithm s of the output variance: the distance d becomes d / exp(s) + s. None: none.
         learn_logvar: s is trained (from ``logvar`` on) with the autoencoder's optimizer.
     """
+
+    check_params = staticmethod(limits(perceptual=0, kl=0, codebook=0, kl_warmup=0))
 
     def __init__(self, pixel: Literal["l1", "l2", "charbonnier"] = "l1", perceptual: float = 0.0, kl: float = 1e-6,
                  codebook: float = 1.0, kl_warmup: int = 0, perceptual_weights: str | None = None,

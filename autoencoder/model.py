@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from autoencoder import strips
 from autoencoder.base import Autoencoder, Bottled, at_least_float32, without_autocast
 from autoencoder.nets import Decoder, Encoder
+from ldm.common.limits import limits
 
 
 class BottleneckAutoencoder(Autoencoder):
@@ -108,3 +109,7 @@ def convolutional(bottleneck: nn.Module, image_channels: int = 3, width: int = 1
         factor=patch * 2 ** (len(mult) - 1), image_channels=image_channels,
         pre=nn.Conv2d(outward, bottleneck.features, 1) if pre else None,
         post=nn.Conv2d(bottleneck.channels, inner, 1) if post else None)
+
+
+convolutional.check_params = limits(image_channels=1, width=1, mult=1, blocks=0, patch=1, dropout=(0, 1), features=1, groups=1,
+                                    out_channels=1)  # fmt: skip

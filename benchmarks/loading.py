@@ -150,9 +150,10 @@ def loader(way: str) -> Callable[[Path], object]:
 
     logging.disable(logging.WARNING)
     if way == "diffusers":
-        from diffusers import StableDiffusionPipeline
+        import ldm  # noqa: F401  (repairs torchvision, which diffusers then imports)
 
-        import ldm  # noqa: F401  (repairs torchvision)
+        # isort: split
+        from diffusers import StableDiffusionPipeline
 
         return lambda path: StableDiffusionPipeline.from_pretrained(path)
     if way.startswith("ldm"):

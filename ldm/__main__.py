@@ -17,7 +17,8 @@ from ldm.app import terminal
 from ldm.common.files import OnAllRanks, nearest
 
 COMMANDS = ("txt2img", "generate", "img2img", "inpaint", "upscale", "interpolate", "variations", "edit", "reconstruct",
-            "evaluate", "check-autoencoder", "compare-autoencoders", "average", "convert", "data", "info")
+            "evaluate", "check-autoencoder", "compare-autoencoders", "average", "cache", "convert", "data", "serve",
+            "info")
 
 
 class Parser(argparse.ArgumentParser):

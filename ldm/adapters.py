@@ -82,7 +82,7 @@ def adapt(model: nn.ModuleDict, options: Mapping) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise UserError(f"lora needs the peft library ({error}): pip install peft") from error
+        raise UserError(f"lora needs the peft library ({error}): pip install -c constraints.txt peft") from error
     layers, rank = chosen(model, options), options.get("rank", 8)
     model.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=options.get("alpha", rank), lora_dropout=options.get("dropout", 0.0),

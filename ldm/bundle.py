@@ -25,12 +25,13 @@ from ldm.common.random import generator
 from ldm.common.weights import compare, content, evaluating, required, without_weights
 from ldm.cond import Cond
 from ldm.conditioners.base import encoded
+from ldm.conditioners.between import replaced
 from ldm.conditioners.prompts import Long, reading
 from ldm.conditioners.vocabulary import Vocabulary
 from ldm.conditioners.wants import completed
 from ldm.denoiser import Denoiser, Remembering, bind, build_denoiser
 from ldm.edit import Sampler
-from ldm.guidance import BOUNDS, batched, cfg, clip, on_channels, rescale, within
+from ldm.guidance import BOUNDS, clip, planned
 from ldm.parameterization import Denoise, Prediction
 from ldm.process import RectifiedFlow, steps_of
 from ldm.samplers import SAMPLERS, Callback
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 GUIDANCE = {"scale": 3.0, "low": None, "high": None, "rescale": None, "channels": None}
 DEFAULTS = {"sampler": "dpmpp_2m", "steps": 20, "times": "linear", "guidance": 3.0}
 PACKAGES = ("torch", "transformers", "safetensors")  # whose versions a checkpoint and a picture name
+Also = Sequence[tuple[str | Mapping[str, Any], float]]
 DECODED = 2**20  # pixels that are decoded at a time
 
 
@@ -162,7 +164,7 @@ class Bundle(nn.Module):
                  prompt_weights: bool | None = None, long: Long | None = None,
                  guide: Callable[[Denoise, Mapping[str, Any]], Denoise] | None = None,
                  edit: Callable[[Sampler, Mapping[str, Any]], Sampler] | None = None, window: int | None = None,
-                 decode: bool = True) -> Tensor:
+                 decode: bool = True, also: Also = ()) -> Tensor:
         """Pictures (B,3,H,W) in [-1,1], one for each prompt. Where an argument is None, ``self.sampling`` decides.
 
         Picture k has random numbers of its own, from generator(seed + indices[k]), for its start and for the noise of
@@ -191,6 +193,8 @@ class Bundle(nn.Module):
             edit: what wraps the sampler: (sampler, batch) -> sampler, as ``ldm.edit.repaint`` and ``ldm.tasks`` do.
             window: side in pixels of the windows through which the network sees pictures that are larger
                 (``ldm.windows``); None: at once.
+            also: further conditions of every picture with their weights, [("in the snow", 0.7), ({"class": 3}, -0.5)]: texts or
+                entries in place of the batch's, guided by together with its own, whose weight is 1 (2206.01714).
             decode: False: latents (B,C,h,w) at unit scale in place of pictures.
 
         Raises:
@@ -224,7 +228,7 @@ class Bundle(nn.Module):
                 part = {key: value[rows].to(self.device) if isinstance(value, Tensor) else value[rows]
                         for key, value in batch.items()}  # fmt: skip
                 part.setdefault("position", torch.tensor([seed + index for index in indices[rows]]))
-                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:], window)
+                denoise = self._guided(part, negative and negative[rows], guidance, shape[1:], window, also)
                 if guide is not None:
                     denoise = guide(clip(denoise, self.denoiser.process) if clips else denoise, part)
                 walk = sampler if edit is None else edit(sampler, part)
@@ -255,26 +259,24 @@ class Bundle(nn.Module):
         return plan
 
     def _guided(self, batch: dict, negative: Sequence[str] | None, guidance: Mapping, size: Sequence[int],
-                window: int | None) -> Denoise:
+                window: int | None, also: Also) -> Denoise:
         """The network under the conditions of the batch, in the precision of its weights; samplers stay in float32."""
         batch = completed(self.conditioner, batch, [side * self.autoencoder.factor for side in size], len(batch["position"]))
         if negative is not None:
             batch = {**batch, "negative_caption": negative}
-        cond, away = Cond(), None
+        cond, away, others = Cond(), None, []
         if self.conditioner is not None:
-            batch = encoded(self.conditioner, self.autoencoder, batch, size)
-            cond, away = (self.conditioner(batch), None) if guidance["scale"] == 1 else self.conditioner.with_null(batch)
+            own = encoded(self.conditioner, self.autoencoder, batch, size)
+            alone = guidance["scale"] == 1 and not also
+            cond, away = (self.conditioner(own), None) if alone else self.conditioner.with_null(own)
+            others = [(self.conditioner(encoded(self.conditioner, self.autoencoder, replaced(batch, what), size)), weight)
+                      for what, weight in also]  # fmt: skip
+        if also and away is None:
+            raise UserError("also: this model has no empty condition, against which several are weighed")
         denoiser = Remembering(self.denoiser if window is None else Windows(self.denoiser, self._latent_shape(window, None)[1]))
         denoise = bind(denoiser, cond)
         if away is not None:
-            towards, away = batched(denoiser, cond, away)
-            guided = cfg(towards, away, guidance["scale"])
-            if guidance["rescale"]:
-                guided = rescale(guided, towards, self.denoiser.process, guidance["rescale"])
-            if guidance["channels"]:
-                guided = on_channels(guided, towards, guidance["channels"])
-            low, high = (math.inf * side if at is None else at for side, at in ((-1, guidance["low"]), (1, guidance["high"])))
-            denoise = within(low, high, guided, denoise)
+            denoise = planned(denoise, denoiser, cond, away, guidance, self.denoiser.process, others)
         if self.sampling.get("x0"):
             denoise = pick(self.sampling["x0"], BOUNDS, "x0")(denoise, self.denoiser.process)
         dtype = next(self.denoiser.parameters()).dtype

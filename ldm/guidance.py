@@ -12,7 +12,7 @@ x_t = alpha x0 + sigma eps; it takes the process. The learned variance is that o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,6 +113,27 @@ def cfg_batched(denoiser: nn.Module, cond: Cond, null: Cond, scale: float) -> De
     if scale == 1:
         return lambda x, t: denoiser(x, t, cond)
     return cfg(*batched(denoiser, cond, null), scale)
+
+
+def planned(plain: Denoise, denoiser: nn.Module, cond: Cond, null: Cond, plan: Mapping[str, Any], process: Process,
+            others: Sequence[tuple[Cond, float]] = ()) -> Denoise:
+    """What ``Bundle.generate`` samples with: null + scale (cond - null + sum of w_i (cond_i - null)).
+
+    Args:
+        plain: the denoise function under cond alone.
+        plan: "scale"; the times "low" and "high" in between which is guided; the share "rescale"; the first "channels" that are
+            guided alone; None: everywhere, not at all, all.
+        others: further conditions cond_i with their weights.
+    """
+    towards, *parts, away = batched(denoiser, cond, *(other for other, _ in others), null)
+    weighed = [(part, plan["scale"] * weight) for part, (_, weight) in zip(parts, others, strict=True)]
+    guided = compose(away, [(towards, plan["scale"]), *weighed]) if others else cfg(towards, away, plan["scale"])
+    if plan["rescale"]:
+        guided = rescale(guided, towards, process, plan["rescale"])
+    if plan["channels"]:
+        guided = on_channels(guided, towards, plan["channels"])
+    low, high = (math.inf * side if at is None else at for side, at in ((-1, plan["low"]), (1, plan["high"])))
+    return within(low, high, guided, plain)
 
 
 def coefficients(process: Process, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,11 +15,12 @@ from ldm.adapters import Lora, adapt, adapters, problems
 from ldm.classifier import NoisyClassifier, build_classifier, cross_entropy
 from ldm.common.build import Block
 from ldm.common.ema import Ema, HalfLife, Power, Snapshots
+from ldm.common.limits import limits
 from ldm.common.optim import make_optimizer, make_schedule
 from ldm.common.random import normal, uniform
 from ldm.common.weights import wrapped
 from ldm.cond import Cond
-from ldm.conditioners.base import Draw, encoded, entry
+from ldm.conditioners.base import Conditioner, Draw, encoded, entry
 from ldm.denoiser import build_denoiser, impossible
 from ldm.densities import Density, LossSecondMoment, Uniform
 from ldm.latents import Spread, check_scale, spread
@@ -143,7 +144,7 @@ class DiffusionModule(OnLatents):
     kind = "diffusion"
     given = ("autoencoder", "seed", "sampling")
 
-    def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: nn.Module | None = None,
+    def __init__(self, autoencoder: Autoencoder, network: Block, optimizer: Block, conditioner: Conditioner | None = None,
                  process: Process | None = None,
                  parameterization: Literal["noise", "data", "v", "flow", "edm", "previous", "velocity"]
                  | Preconditioned = "flow",
@@ -257,6 +258,7 @@ class ClassifierModule(OnLatents):
 
     kind = "classifier"
     given = ("autoencoder", "seed", "size")
+    check_params = staticmethod(limits(ema_decay=(0, 1)))
 
     def __init__(self, autoencoder: Autoencoder, classifier: Block, optimizer: Block, process: Block | None = None,
                  density: Density | None = None, key: str = "class", schedule: Block | None = None,
@@ -310,19 +312,20 @@ def _check_params(params: dict, path: str) -> list[str]:
     """Combinations that cannot be, found before anything is built (see ``ldm.common.build.check``)."""
     from ldm.common.build import build, is_block
 
-    parts = {"process": params.get("process"), "parameterization": params.get("parameterization", "flow"),
-             **{name: params.get(name) for name in ("density", "uncertainty", "variational")}}  # fmt: skip
+    parts = {name: params.get(name) for name in ("process", "parameterization", "density", "uncertainty", "variational")}
     for name, part in parts.items():
         try:
             parts[name] = build(part) if is_block(part) else part
         except ValueError as error:
             return [f"{path}.{name}: {error}"]
-    process, parameterization = parts["process"] or RectifiedFlow(), parts["parameterization"]
+    process, parameterization = parts["process"] or RectifiedFlow(), parts["parameterization"] or "flow"
     variance = params.get("variance", "fixed")
-    return [*(f"{path}.lora.{problem}" for problem in problems(params.get("lora") or {})),
+    return [*limits(ema_decay=(0, 1), offset_noise=0)(params, path),
+            *(f"{path}.lora.{problem}" for problem in problems(params.get("lora") or {})),
             *(f"{path}.parameterization: {problem}" for problem in impossible(process, parameterization, variance)),
             *(f"{path}.{problem}" for problem in misfits(process, variance, parts["density"], parts["uncertainty"],
                                                          parts["variational"]))]  # fmt: skip
 
 
+_check_params.reads = ("process", "parameterization", "density", "uncertainty", "variational", "variance", "lora")
 DiffusionModule.check_params = staticmethod(_check_params)

@@ -48,9 +48,13 @@ FOREIGN = {  # names of tensors in other people's files -> what such a file is
     r"^(encoder\.)?down_blocks\.\d": "a UNet or autoencoder of diffusers",
     r"^(text_model|encoder\.block|embeddings)\.": "a text encoder",
     r"^input_blocks\.0\.0\.": "a UNet alone, or a classifier of guided-diffusion, which guides other models",
+    r"^(control_model|controlnet_\w+)\.": "a ControlNet, which steers another model and is none by itself",
+    r"^(double_blocks|joint_blocks)\.": "a transformer of flux or Stable Diffusion 3",
+    r"^string_to_param$": "a textual inversion: words for another model",
     r"^param_groups$": "an optimizer's state",
 }
 DIFFERENCES = 5  # between configs, that a warning names
+KINDS = ("model.target", *(f"model.params.{part}.target" for part in ("autoencoder", "network", "conditioner", "process")))
 
 
 @dataclass(frozen=True)
@@ -114,19 +118,21 @@ def load(path: str | Path, config: str | Path | Mapping | None = None, *, ema: b
     if found.has_ema:
         log.info("%s: %s weights", found.path, "averaged (EMA)" if ema else "raw, not the averaged (EMA),")
     device = torch.device(device)
-    for part in [bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]:
-        wanted = dtype or (part and _usable(part, device, found.path))
-        if part is not None and wanted:
-            part.to(dtype=wanted)
+    parts = [part for part in ([bundle.conditioner, bundle.denoiser] if bundle.denoiser else [bundle.autoencoder]) if part]
+    for part in parts:
+        if kind := dtype or _usable(part, device, found.path):
+            part.to(dtype=kind)
     return bundle if device.type == "cpu" else bundle.to(device)
 
 
 def _usable(part: nn.Module, device: torch.device, path: Path) -> torch.dtype | None:
-    """float32 for weights in float16 on a CPU, which computes with those slowly and coarsely, if at all; None: as they are."""
-    half = device.type == "cpu" and any(p.dtype == torch.float16 for p in part.parameters())
-    if half:
+    """float32 for weights in double precision, and for float16 on a CPU, which computes with it slowly and coarsely, if at
+    all; None: as they are."""
+    found = {p.dtype for p in part.parameters()}
+    if device.type == "cpu" and torch.float16 in found:
         log.info("%s: float16 weights become float32 on the CPU", path)
-    return torch.float32 if half else None
+        return torch.float32
+    return torch.float32 if torch.float64 in found else None
 
 
 def read(path: str | Path, config: str | Path | Mapping | None = None) -> Checkpoint:
@@ -320,14 +326,21 @@ def _check_autoencoder(found: Checkpoint, bundle: Bundle) -> None:
 
 
 def _warn_of_differences(found: Checkpoint, given: str | Path | Mapping) -> None:
+    """UserError for the config of no model, or of one of another kind; other values are told."""
+    name = "the config that is given" if isinstance(given, Mapping) else str(given)
     given = plain(given if isinstance(given, Mapping) else configs.load([given]))
+    if not isinstance(given.get("model"), dict):
+        raise UserError(f"{name}: the config of no model (it lacks model:); {found.path} holds its own, so give none")
     ours = dict(_leaves(found.about["config"]["model"], "model"))
-    changed = [f"{key}: {ours.get(key)!r} (given: {value!r})"
-               for key, value in _leaves(given.get("model"), "model") if ours.get(key) != value]  # fmt: skip
+    changed = {key: f"{key}: {ours.get(key)!r} (given: {value!r})"
+               for key, value in _leaves(given["model"], "model") if ours.get(key) != value}  # fmt: skip
+    if other := [changed[key] for key in KINDS if key in changed]:
+        raise UserError(f"{name}: the config of another model than the one in {found.path}: {', '.join(other)}; the checkpoint "
+                        "holds its own, so give none")
     if changed:
         more = f" and {len(changed) - DIFFERENCES} more" if len(changed) > DIFFERENCES else ""
         log.warning("%s holds its own config, which is used; the one given differs in %s%s", found.path,
-                    ", ".join(changed[:DIFFERENCES]), more)
+                    ", ".join(list(changed.values())[:DIFFERENCES]), more)
 
 
 def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:

@@ -95,7 +95,7 @@ def test_classes_that_cannot_be(flow, batch, told):
 
 def test_processes_are_the_same_by_their_numbers():
     assert same(DDPM("linear"), DDPM("linear", start=1e-4)) and not same(DDPM("linear"), DDPM("cosine"))
-    assert not same(DDPM("linear", steps=4000), DDPM("linear", steps=4000, told="thousandths"))
+    assert not same(DDPM("linear", steps=4000), DDPM("linear", steps=4000, tells="thousandth"))
     assert all(same(process, process) for process in PROCESSES.values())
 
 

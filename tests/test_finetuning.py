@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,9 +77,10 @@ def test_a_diffusion_model_brings_weights_and_autoencoder_and_nothing_else(base,
 
 def test_what_was_begun_so_is_known_again_and_goes_on(base, tmp_path, capsys):
     model = run_of(base / "logs", "tiny_ldm")
-    arguments = ["--init-from", model, "trainer.max_steps=3", "checkpoint.every=1"]
-    assert train(base, tmp_path, *arguments) == 0
-    capsys.readouterr()
+    arguments = ["--init-from", model, "--resume", "auto", "trainer.max_steps=3", "checkpoint.every=1"]
+    assert train(base, tmp_path, *arguments) == 0  # nothing to go on with yet
+    out = capsys.readouterr().out
+    assert "no unfinished run" in out and "begins with the averaged (EMA) weights" in out
     assert train(base, tmp_path, *arguments) == 0
     assert "finished already" in capsys.readouterr().out
     run = run_of(tmp_path, "tiny_ldm")
@@ -85,9 +88,13 @@ def test_what_was_begun_so_is_known_again_and_goes_on(base, tmp_path, capsys):
     (run / "DONE").unlink()
     (run / "checkpoints" / "last.ckpt").unlink()
     (run / "checkpoints" / "step-000003.ckpt").unlink()
-    assert main(["--resume", str(run), "-t", "--no-test", "--logdir", str(tmp_path)]) == 0
-    again = state(run)["state_dict"]
-    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    for how in (["--resume", str(run), "-t", "--no-test", "--logdir", str(tmp_path)], None):
+        assert (main(how) if how else train(base, tmp_path, *arguments)) == 0
+        assert "begins with" not in capsys.readouterr().out
+        again = state(run)["state_dict"]
+        assert all(torch.equal(value, again[name]) for name, value in weights.items())
+        for name in ("DONE", "checkpoints/last.ckpt", "checkpoints/step-000003.ckpt"):
+            (run / name).unlink()
 
 
 def test_an_autoencoder_begins_with_one(base, tmp_path, capsys):
@@ -255,3 +262,47 @@ def test_one_model_or_another(base):
     stages, _ = read([base / "ae.yaml"], init_from=str(base / "ae.yaml"))
     with pytest.raises(UserError, match="not a checkpoint"):
         starts.placed(stages, resumed=False)
+
+
+def test_without_peft_one_line_says_so(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert train(base, tmp_path, "--init-from", run_of(base / "logs", "tiny_ldm"), *LORA) == 2
+    told = error(capsys)
+    assert "lora needs the peft library" in told and "pip install -c constraints.txt peft" in told and not list(tmp_path.iterdir())
+
+
+def test_a_lora_of_a_published_model_is_loaded_by_diffusers(tmp_path, capsys):
+    """Stable Diffusion's layout -> LoRA of UNet and text encoder -> a diffusers pipeline: both compute the same."""
+    pytest.importorskip("peft")
+    diffusers = pytest.importorskip("diffusers")
+    source = Path(__file__).parent / "data/parity/txt2img_kl"
+    for name, here in (("model.safetensors", "model.safetensors"), ("config.yaml", "model.yaml")):
+        shutil.copy(source / name, tmp_path / here)
+    shutil.copytree(source / "clip_tiny", tmp_path / "clip_tiny")
+    model = tmp_path / "model.safetensors"
+    config = {"name": "lora", "autoencoder": {"ckpt": str(model)}, "model": ldm.load(model).config["model"],
+              "data": {"train": {"target": "ldm.data.shapes.Shapes", "params": {"count": 8}}}, "loader": {"batch_size": 2},
+              "trainer": {"max_steps": 3, "accelerator": "cpu"}, "logging": {"wandb": False}}  # fmt: skip
+    config["model"]["params"] |= {
+        "lora": {"rank": 2, "text": True}, "statistics": "force",
+        "optimizer": {"target": "torch.optim.AdamW", "params": {"lr": 0.01}}}  # fmt: skip
+    config["model"]["params"]["conditioner"]["params"]["vocabulary"] = str(tmp_path / "clip_tiny")
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(config))
+    logs = tmp_path / "logs"
+    assert main(["-b", str(tmp_path / "lora.yaml"), "-t", "--init-from", str(model), "-l", str(logs), "--no-test"]) == 0
+    run = run_of(logs, "lora")
+    assert {name.split(".")[0] for name in load_file(run / "pytorch_lora_weights.safetensors")} == {"unet", "text_encoder"}
+    assert tool(["convert", "--ckpt", str(model), "--to", "diffusers", "--out", str(tmp_path / "pipeline")]) == 0
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline", safety_checker=None)
+    ids, x, t = torch.arange(77)[None] * 7 % 580, torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
+    with torch.no_grad():
+        before = pipe.text_encoder(ids)[0]
+        pipe.load_lora_weights(str(run))
+        theirs = pipe.text_encoder(ids)[0]
+        noise = pipe.unet(x, t, theirs).sample
+        bundle = ldm.load(model)
+        ldm.lora.apply(bundle, run)
+        ours = bundle.conditioner({"caption": ids})
+        assert (theirs - before).abs().max() > 1e-3
+        torch.testing.assert_close(ours.tokens, theirs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(bundle.denoiser.raw(x, t, ours), noise, atol=1e-4, rtol=0)

@@ -189,6 +189,10 @@ def test_other_programs_files(tmp_path, names, kind, suffix):
 
 def test_other_things(tmp_path):
     refused(saved(tmp_path / "optimizer.pt", {"state": {}, "param_groups": []}), "optimizer's state")
+    for name, said in (("control_model.input_blocks.0.0.weight", "a ControlNet"), ("double_blocks.0.img_attn.qkv.weight", "of flux"),
+                       ("model.diffusion_model.joint_blocks.0.x.weight", "its network is no UNet")):
+        refused(saved(tmp_path / "other.pt", {name: torch.zeros(3)}), said)
+    refused(saved(tmp_path / "words.pt", {"string_to_param": {"*": torch.zeros(3)}}), "a textual inversion")
     refused(saved(tmp_path / "tensor.pt", torch.zeros(3)), "holds a Tensor")
     refused(saved(tmp_path / "x.ckpt", {"state_dict": {}, "ldm": {"kind": "diffusion"}}), "lacks its kind or the")
     (tmp_path / "notes.txt").write_text("hello")

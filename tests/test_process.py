@@ -159,7 +159,7 @@ def test_what_the_network_is_told():
 
 
 @pytest.mark.parametrize(("options", "told"), [
-    ({"steps": 0}, "expected a step or more"), ({"schedule": "linear", "end": 1.5}, "betas between 0 and 1, got .* to .1.5"),
+    ({"steps": 0}, "steps: 0; it takes a whole number from 1"), ({"schedule": "linear", "end": 1.5}, "betas between 0 and 1, got .* to .1.5"),
     ({"steps": 1, "zero_terminal": True}, "two steps or more"),
 ])  # fmt: skip
 def test_schedules_that_cannot_be_are_told(options, told):

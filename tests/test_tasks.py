@@ -109,3 +109,18 @@ def test_what_was_trained_draws_on_the_command_line(logs, encoders, tmp_path):
     (tmp_path / "layout.json").write_text(json.dumps([{"box": [0.1, 0.1, 0.6, 0.5], "class": 7}]))
     command = ["generate", "--ckpt", str(run), "--boxes", str(tmp_path / "layout.json"), "--outdir", str(tmp_path / "out"), "--steps", "2"]
     assert ldm_main(command) == 0 and [file.name for file in (tmp_path / "out").iterdir()] == ["00000.png"]
+
+
+def test_a_picture_encoder_that_is_not_there_is_told_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    from ldm.common.files import UserError
+    from ldm.conditioners import vision
+
+    def nowhere(name, only_config=False):
+        raise UserError(f"picture encoder {name}: not to be had")
+
+    monkeypatch.setattr(vision, "find", nowhere)
+    command = ["-b", str(CONFIGS / "tiny/image_variations.yaml"), "-t", "-l", str(tmp_path / "logs"),
+               "model.params.conditioner.params.encoder=openai/clip-vit-large-patch14"]
+    assert main(command) == 2
+    assert "picture encoder openai/clip-vit-large-patch14: not to be had" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 READING = ("prompt_weights", "long")  # how prompts are read
-KEPT = ("precision", "autoencoder_precision", "tile", "window", "fit", "negative_prompt", *READING)
+KEPT = ("precision", "autoencoder_precision", "tile", "window", "fit", "negative_prompt", "also", *READING)
 
 
 def recalled(args: argparse.Namespace, task: Task) -> dict:
@@ -80,7 +80,7 @@ def facts_of(bundle: Bundle, batch_size: int, tile: int | None, lora: list[str])
 def about_of(args: argparse.Namespace, task: Task, chosen: dict, frame: Frame) -> dict:
     """What was asked for: what all pictures of a run say."""
     guidance = {name: value for name, value in chosen["guidance"].items() if value is not None}
-    extra = {name: getattr(args, name) for name in (*READING, "window", "fit", *task.options)}
+    extra = {name: getattr(args, name) for name in (*READING, "also", "window", "fit", *task.options)}
     if args.classifier:
         from ldm.load import find
 

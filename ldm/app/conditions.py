@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,7 @@ def read_prompts(name: str) -> list[str]:
     """The lines of a UTF-8 file, without the empty ones."""
     path = Path(name)
     if not path.is_file():
-        raise UserError(f"--prompts-file {name}: no such file")
+        raise UserError(f"--prompts-file {name}: {'a folder; expected a text file' if path.is_dir() else 'no such file'}")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -106,6 +107,32 @@ def read_prompts(name: str) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts-file {name}: no prompt in it; one is expected on each line")
     return prompts
+
+
+def weighed(bundle: Bundle, texts: Sequence[str]) -> list[tuple[dict, float]]:
+    """--also, TEXT[:weight] each: entries of a batch, and their weights. UserError where the model reads no such thing."""
+    from ldm.conditioners.wants import wants_of
+
+    reads = {want.key for want in wants_of(bundle.conditioner) or ()}
+    if texts and not {"caption", "class"} & reads:
+        raise UserError("--also: this model reads neither prompts nor classes")
+    found = []
+    for text in texts:
+        words, _, number = text.rpartition(":")
+        weight = as_number(number) if words else None
+        what, weight = (text, 1.0) if weight is None else (words, weight)
+        if "caption" not in reads and not what.isdigit():
+            raise UserError(f"--also {text}: this model reads classes; expected a whole number, and a weight behind a colon")
+        found.append(({"caption": what} if "caption" in reads else {"class": int(what)}, weight))
+    return found
+
+
+def as_number(text: str) -> float | None:
+    """None where it is no finite number."""
+    try:
+        return number if isfinite(number := float(text)) else None
+    except ValueError:
+        return None
 
 
 def wanted(bundle: Bundle, own: Sequence[Want], given: Mapping[str, Sequence[str]], text: bool) -> dict[str, Want]:

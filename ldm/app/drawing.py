@@ -74,6 +74,9 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
         parser.add_argument("--n-samples", type=positive, default=1, metavar="N", help="pictures of each condition (1)")
     sampling_arguments(parser)
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--also", nargs="+", metavar="TEXT[:W]",
+                        help="further prompts that guide all pictures at the same time, each with its weight (1), below 0 away "
+                             "from it; classes, of models that read no text")
     parser.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction, default=None,
                         help="prompts have weights in them: (more), [less], (word:1.3); default: as stored with the model")
     parser.add_argument("--long", choices=("cut", "error", "window"), default=None,
@@ -102,10 +105,10 @@ def arguments(parser: argparse.ArgumentParser, samples: bool = True) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are in the folder already")
 
 
-def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
-    """-> the files that were drawn. Several processes have to call together."""
+def carry_out(args: argparse.Namespace, task: Task, bundle: Bundle | None = None) -> list[Path]:
+    """-> the files that were drawn. bundle: the model, where it is loaded already. Several processes have to call together."""
     with agreed():  # nobody writes before all have looked
-        files, drawn = prepare(args, task)
+        files, drawn = prepare(args, task, bundle)
     with enough_memory():
         drawn()
     if place()[0] == 0:
@@ -115,7 +118,7 @@ def carry_out(args: argparse.Namespace, task: Task) -> list[Path]:
     return files
 
 
-def prepare(args: argparse.Namespace, task: Task) -> tuple[list[Path], Callable[[], None]]:
+def prepare(args: argparse.Namespace, task: Task, bundle: Bundle | None) -> tuple[list[Path], Callable[[], None]]:
     """-> the files that are asked for, and what draws them. Nothing is written. UserError for what cannot be."""
     if (args.height is None) != (args.width is None):
         raise UserError("--height and --width: give both or neither")
@@ -128,7 +131,7 @@ def prepare(args: argparse.Namespace, task: Task) -> tuple[list[Path], Callable[
     files = [folder / f"{i:05d}.png" for i in range(task.count(args, n))]
     extra = [folder / SHEET] * (len(files) > 1) + [folder / PREVIEW] * bool(args.preview)
     check_free([*files, *extra], args.overwrite)
-    bundle = load_model(args)
+    bundle = bundle or load_model(args)
     wants = conditions.wanted(bundle, [*task.wants(args, bundle), *guiding(args)], given, task.text)
     if "caption" in wants:
         given.setdefault("caption", [""])
@@ -158,6 +161,7 @@ def guiding(args: argparse.Namespace) -> Sequence[Want]:
 def options_of(args: argparse.Namespace, bundle: Bundle) -> dict:
     """Of Bundle.generate, beside those of its plan."""
     options = {"negative_prompt": args.negative_prompt, "tile": args.tile, "window": args.window,
+               "also": conditions.weighed(bundle, args.also or ()),
                **{name: getattr(args, name) for name in READING}}  # fmt: skip
     if args.classifier:
         from ldm.classifier import by_classifier

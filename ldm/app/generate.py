@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    drawing.carry_out(args, Task("", plan, text=True))
+    drawing.carry_out(args, TASK)
 
 
 def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame) -> tuple[list[Row], Make]:
@@ -36,3 +36,6 @@ def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame
 def several(args: argparse.Namespace, rows: list[Row]) -> list[Row]:
     """Each row --n-samples times."""
     return [row for row in rows for _ in range(args.n_samples)]
+
+
+TASK = Task("", plan, text=True)

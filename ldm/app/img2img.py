@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    drawing.carry_out(args, Task("img2img", plan, begins_with, options={"strength": 0.6}, walks=walks))
+    drawing.carry_out(args, TASK)
 
 
 def begins_with(args: argparse.Namespace, bundle: Bundle) -> Sequence[Want]:
@@ -56,3 +56,6 @@ def plan(args: argparse.Namespace, bundle: Bundle, rows: list[Row], frame: Frame
 def check_share(strength: float) -> None:
     if not 0 <= strength <= 1:
         raise UserError(f"--strength {strength:g}: it lies between 0, the picture, and 1, nothing of it")
+
+
+TASK = Task("img2img", plan, begins_with, options={"strength": 0.6}, walks=walks)

@@ -13,7 +13,6 @@ from urllib.error import URLError
 from ldm.app.models import load_model
 from ldm.common.build import DATA, locate
 from ldm.common.files import UserError
-from ldm.common.team import place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +129,8 @@ def batched(pictures: Iterable[tuple[Path, Tensor]], size: int) -> Iterator[tupl
 def shared(batches: Iterable[tuple[list[Path], Tensor]]) -> Iterator[tuple[Tensor, tuple[list[Path], Tensor]]]:
     """Those of these batches that are this process's share, each with the numbers of its pictures."""
     import torch
+
+    from ldm.common.team import place
 
     (rank, world), seen = place(), 0
     for k, (names, x) in enumerate(batches):

@@ -171,7 +171,7 @@ def start(count: int, command: Sequence[str]) -> int:
 
 
 def _status(processes: list[subprocess.Popen]) -> int:
-    """As a shell would say it: 128 + n for signal n. SIGTERM is what we ourselves end the others with: it counts last."""
+    """As a shell would say it: 128 + n for signal n. Those that we ourselves end the others with count last."""
     codes = [128 - process.returncode if process.returncode < 0 else process.returncode for process in processes]
-    by_us = 128 + signal.SIGTERM
-    return next((code for code in codes if code not in (0, by_us)), max(codes))
+    by_us = (128 + signal.SIGTERM, 128 + signal.SIGKILL)
+    return next((code for code in codes if code not in (0, *by_us)), None) or min(filter(None, codes), default=0)

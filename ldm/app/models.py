@@ -91,16 +91,15 @@ def lora_of(text: str) -> tuple[str, float]:
 
 def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
     """The model that model_arguments names. UserError where it `draws` nothing and has to."""
-    import torch
-
     from ldm.load import load
 
     device, began = pick_device(args.device), time.perf_counter()
-    dtype = getattr(torch, PRECISIONS[args.precision]) if args.precision in PRECISIONS else None
-    bundle = load(args.ckpt, args.config, ema=not args.no_ema, device=device, dtype=dtype, trust=args.trust)
+    bundle = load(args.ckpt, args.config, ema=not args.no_ema, device=device,
+                  dtype=dtype_of("--precision", args.precision, device), trust=args.trust)  # fmt: skip
     bundle.lay_out()
-    if args.autoencoder_precision in PRECISIONS:
-        bundle.autoencoder.to(getattr(torch, PRECISIONS[args.autoencoder_precision]))
+    own = dtype_of("--autoencoder-precision", args.autoencoder_precision, device)
+    if own is not None:
+        bundle.autoencoder.to(own)
     if getattr(args, "lora", None):
         from ldm import lora
 
@@ -110,6 +109,17 @@ def load_model(args: argparse.Namespace, draws: bool = True) -> Bundle:
         raise UserError(f"{args.ckpt}: holds an autoencoder alone; that of a diffusion model (stage 2) is needed")
     log.info("%s: loaded in %.1f s, on %s", args.ckpt, time.perf_counter() - began, device)
     return bundle
+
+
+def dtype_of(flag: str, name: str | None, device: torch.device) -> torch.dtype | None:
+    """What a precision is in torch; None: as saved. A CPU computes with float16 slowly and coarsely, if at all: it takes
+    float32, and that is told."""
+    import torch
+
+    if name == "fp16" and device.type == "cpu":
+        log.warning("%s fp16: computed in fp32 on the CPU, which is faster there and loses nothing", flag)
+        name = "fp32"
+    return getattr(torch, PRECISIONS[name]) if name in PRECISIONS else None
 
 
 def pick_device(name: str | None) -> torch.device:

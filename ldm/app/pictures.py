@@ -92,20 +92,20 @@ def mask(path: str, of: Sequence[int], size: Sequence[int]) -> Tensor:
 
 
 def painted(path: str) -> Tensor:  # (H,W) bool
-    import io
 
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    from ldm.data.transforms import is_array, read_array, told
+    from ldm.data.transforms import is_array, opened, read_array, small_enough, told
 
     data = contents(path)
     with named(path):
         if is_array(data):
             numbers = read_array(data, 1)[..., 0]
             return torch.from_numpy(numbers >= (0.5 if numbers.max() <= 1 else 128))
-        with told(), Image.open(io.BytesIO(data)) as image:
+        with told(), opened(data) as image:
+            small_enough(image)
             image = ImageOps.exif_transpose(image)
             clear = image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255
             deep = image.mode[0] in "FI"

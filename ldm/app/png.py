@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ldm.common.files import UserError, atomic_write, parse_json
 
@@ -52,11 +52,14 @@ def read(path: str | Path) -> dict:
     """The metadata of a picture. UserError where there is none, or no PNG."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    from ldm.data.transforms import BrokenImage, opened, small_enough, told
+
     try:
-        with Image.open(path) as image:
+        with told(), opened(Path(path).read_bytes()) as image:
+            small_enough(image)
             image.load()  # text may stand behind the pixels
             text = getattr(image, "text", {}).get("ldm")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except BrokenImage as error:
         raise UserError(f"{path}: not a PNG that can be read ({error})") from error
     if text is None:
         raise UserError(f"{path}: a picture without metadata of this program (text chunk `ldm`); was it made with "

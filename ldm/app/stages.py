@@ -8,26 +8,15 @@ from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from ldm.common.build import build, plain
-from ldm.common.config import check_config, load
+from ldm.app import trainer as trainer_words
+from ldm.common.build import build
+from ldm.common.config import as_dict, check_config, load
 from ldm.common.files import UserError, digest, file_sha256
 from ldm.load import find
 
 Kind = Literal["autoencoder", "diffusion", "classifier"]
 FIRST = "stage1."  # key=value arguments that begin so are for the config that autoencoder.config names
 SHARED = {"trainer": ("accelerator", "devices", "num_nodes"), "logging": ("wandb",)}  # stage 2 says it for both stages
-INSTEAD = {  # arguments of Lightning's Trainer that something else here stands for
-    "max_epochs": "trainer.max_steps (batches follow one another without end)", "min_epochs": "trainer.max_steps",
-    "check_val_every_n_epoch": "validation.every", "val_check_interval": "validation.every",
-    "limit_val_batches": "validation.batches", "num_sanity_val_steps": "validation.every",
-    "log_every_n_steps": "logging.every", "enable_checkpointing": "checkpoint.every", "fast_dev_run": "trainer.max_steps=1",
-    "enable_progress_bar": "nothing", "enable_model_summary": "nothing", "reload_dataloaders_every_n_epochs": "nothing",
-    "barebones": "nothing",
-}  # fmt: skip
-MANUAL = {  # where the training module steps its optimizers itself, which an autoencoder's does
-    "gradient_clip_val": "model.params.gradient_clip", "gradient_clip_algorithm": "model.params.gradient_clip",
-    "accumulate_grad_batches": "model.params.accumulate",
-}  # fmt: skip
 PLACE = {  # arguments of the Trainer that say where and how a run is computed, not what comes out: not part of the key
     "accelerator", "devices", "num_nodes", "strategy", "benchmark", "profiler", "detect_anomaly", "deterministic",
     "inference_mode", "enable_autolog_hparams", "sync_batchnorm", "plugins", "min_steps",
@@ -167,7 +156,7 @@ def _contents(path: Path) -> str:
 def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: str | None = None, seed: int | None = None,
          init_from: str | None = None) -> tuple[list[Stage], list[str]]:
     """-> the stages in the order in which they are trained, and every mistake in their configs."""
-    config = plain(load(paths, [o for o in overrides if not o.startswith(FIRST)]))
+    config = as_dict(load(paths, [o for o in overrides if not o.startswith(FIRST)]))
     given = {"name": name, "seed": seed, "init_from": init_from or config.get("init_from")}
     config |= {key: value for key, value in given.items() if value is not None}
     if isinstance(config.get("init_from"), str):
@@ -181,7 +170,7 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: st
     if not isinstance(first, str) or not Path(first).is_file():
         return [Stage(config)], mistakes
     try:
-        earlier = _shared(plain(load([first], own)), config)
+        earlier = _shared(as_dict(load([first], own)), config)
     except UserError as error:
         return [Stage(config)], [*mistakes, str(error)]
     earlier |= {"seed": seed} if seed is not None else {}
@@ -206,22 +195,12 @@ def _check(config: dict) -> list[str]:
     mistakes = [_with_way_out(mistake) for mistake in check_config(config)]
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
-    instead = INSTEAD | ({} if config.get("autoencoder") else MANUAL)
-    mistakes += [f"trainer.{key}: not used here; instead: {instead[key]}" for key in trainer if key in instead]
-    if any(kind in str(trainer.get("strategy")) for kind in ("spawn", "fork", "notebook")):
-        mistakes.append(f"trainer.strategy: processes are started by this program, got {trainer['strategy']!r}; take ddp")
+    mistakes += trainer_words.mistakes(trainer, manual=not config.get("autoencoder"))
     if trainer.get("strategy") == "fsdp2":
         mistakes += _unshared(config, trainer)
-    elif any(kind in str(trainer.get("strategy")) for kind in ("fsdp", "deepspeed", "xla")):
-        mistakes.append(f"trainer.strategy: {trainer['strategy']!r} is not known here; take ddp, or fsdp2, which keeps "
-                        "weights in shares")
-    if trainer.get("precision") in ("bf16-true", "16-true"):
-        mistakes.append(f"trainer.precision: {trainer['precision']}: weights and averages of so few digits lose small changes; "
-                        f"take {trainer['precision'].replace('true', 'mixed')}")
-    if "/" in str(config.get("name", "")):
-        mistakes.append(f"name: expected a name for a folder, got {config['name']!r} with a slash in it")
-    if not trainer.get("max_time") and (not isinstance(trainer.get("max_steps"), int) or trainer["max_steps"] < 1):
-        mistakes.append("trainer.max_steps: missing; expected the number of optimizer steps (or trainer.max_time: DD:HH:MM:SS)")
+    name = config.get("name")
+    if isinstance(name, str) and not is_name(name):
+        mistakes.append(f"name: expected a name for a folder, got {name!r}")
     return mistakes + _check_numbers(config, trainer)
 
 
@@ -239,6 +218,11 @@ def _unshared(config: dict, trainer: dict) -> list[str]:
         and not str(trainer.get("precision")).startswith("bf"),
     }
     return [f"trainer.strategy: fsdp2: {reason}; or take ddp" for reason, true in why.items() if true]
+
+
+def is_name(text: str) -> bool:
+    """Whether a folder can be called so."""
+    return text.isprintable() and bool(text.strip(". ")) and not set("/\\") & set(text)
 
 
 def _check_numbers(config: dict, trainer: dict) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from ldm import lora
 from ldm.adapters import fill, plain
 from ldm.app.parts import targets
-from ldm.app.stages import Stage
+from ldm.app.stages import Stage, is_name
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.common.weights import compare, required
@@ -19,6 +19,12 @@ from ldm.interop.lora_files import WEIGHTS
 from ldm.load import kind, load, read
 
 log = logging.getLogger(__name__)
+
+
+def check_names(postfix: str | None) -> None:
+    """UserError for an ending that would put a run folder elsewhere."""
+    if postfix is not None and not is_name(postfix):
+        raise UserError(f"--postfix: expected an ending for a folder's name, got {postfix!r}")
 
 
 def placed(stages: Sequence[Stage], resumed: bool) -> list[Stage]:

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.app.fitting import in_words, misfits
 from ldm.app.parts import autoencoder_block, make_module
 from ldm.app.stages import Stage
 from ldm.common.build import build, locate
@@ -129,8 +130,9 @@ def surveys(stages: Sequence[Stage], world: int, trust: bool = False) -> tuple[l
     for stage in stages:
         try:
             found.append(survey(stage, world, autoencoder_block(stage, trust), size_of(stage)))
-        except ValueError as error:
-            problems.append(f"{stage.label}: {error}")
+            problems += [f"{stage.label}: {line}" for line in misfits(stage, found[-1].module)]
+        except Exception as error:  # constructors may fail in any way at sizes of 0, heads of 0 ...: the config's mistake
+            problems.append(f"{stage.label}: {in_words(error)}")
     return found, problems
 
 

@@ -9,13 +9,14 @@ import os
 import pkgutil
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from ldm.common.files import UserError, nearest
-from ldm.common.signatures import Block, accepted, is_block, mistyped, parameters
+from ldm.common.signatures import Block, Parameter, accepted, is_block, mistyped, parameters
 
 __all__ = ["TRUSTED", "Block", "build", "check", "check_call", "locate", "plain"]
 TRUSTED = (  # what a config that came with a checkpoint may name of a model: what makes networks, and writes nothing
@@ -175,8 +176,8 @@ def check(block: Any, path: str = "model", allowed: Iterable[str] | None = None)
 
     Nothing is constructed; modules that targets live in are imported. A callable may carry
       `given`: tuple of the names of parameters that the program supplies, neither required nor allowed in a config;
-      `check_params(params: dict, path: str) -> list[str]`: finds combinations that cannot work; called with params that
-      are right one by one.
+      `check_params(params: dict, path: str) -> list[str]`: finds combinations that cannot work; called where the params
+      that it looks at, `check_params.reads` or else all, are right one by one.
     """
     block = plain(block)
     mistakes = _malformed(block, path)
@@ -209,12 +210,38 @@ def check_call(
         if name in supplied:
             mistakes.append(f"{join(path, name)}: the program supplies this to {_name(call)}; remove it")
         elif name in known:
-            mistakes += mistyped(value, known[name], join(path, name))
+            mistakes += mistyped(value, known[name], join(path, name)) or _misplaced(value, known[name], join(path, name))
     mistakes += _wrong_names(call, params, path, supplied)
     mistakes += _check_inside(params, path, allowed)
-    if not mistakes and hasattr(call, "check_params"):
-        mistakes = call.check_params(params, path)
+    hook = getattr(call, "check_params", None)
+    if hook and not _about(mistakes, path, getattr(hook, "reads", None)):
+        mistakes += [mistake for mistake in hook(params, path) if mistake not in mistakes]
     return mistakes
+
+
+def _about(mistakes: list[str], path: str, names: Iterable[str] | None) -> list[str]:
+    """Those in params of these names; None: in any."""
+    starts = tuple(f"{join(path, name)}{end}" for name in names or () for end in ".:[")
+    return mistakes if names is None else [mistake for mistake in mistakes if mistake.startswith(starts)]
+
+
+def _misplaced(value: Any, parameter: Parameter, path: str) -> list[str]:
+    """A block of a class where only others fit: a loss in the place of a noise process."""
+    kinds = [option for option in parameter.options if option is not None and typing.get_origin(option) is not Literal]
+    if not is_block(value) or not kinds or not all(map(_is_judged, kinds)):
+        return []
+    try:
+        made = locate(value["target"])
+    except UserError:
+        return []  # `check` tells it
+    fits = not isinstance(made, type) or issubclass(made, tuple(kinds))
+    return [] if fits else [f"{path}.target: expected {accepted(parameter)}, got {value['target']}"]
+
+
+def _is_judged(option: Any) -> bool:
+    """Whether an annotation is a class of which instances are."""
+    kind = isinstance(option, type) and option not in (Any, Callable) and not typing.is_typeddict(option)
+    return kind and not getattr(option, "_is_protocol", False)
 
 
 def _malformed(block: Any, path: str) -> list[str]:

@@ -5,7 +5,8 @@ blocks (model, data.*) are held against the signatures of what they name, the pl
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,21 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ldm.common.build import Block, check_call, is_block, locate, near, plain
 from ldm.common.files import UserError, nearest
+from ldm.common.limits import limits
 from ldm.common.named import problems
 
 Section = TypeVar("Section")
 RESOLVER = re.compile(r"\$\{[^{}$]*:")
+AUTOENCODER = ("encode", "decode")  # what has these
 SOURCES = ("config", "ckpt", "target")  # where a diffusion model's autoencoder comes from: exactly one of them
-
-
-def at_least(**lowest: float) -> Callable[[dict, str], list[str]]:
-    """-> a `check_params` hook that refuses numbers below these."""
-
-    def check_params(params: dict, path: str) -> list[str]:
-        low = [name for name in lowest if params.get(name) is not None and params[name] < lowest[name]]
-        return [f"{path}.{name}: expected {lowest[name]} or more, got {params[name]}" for name in low]
-
-    return check_params
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class Sampling:
     prompt_weights: bool | None = None
     x0: str | dict | None = None
     start: Literal["noise"] | float | None = None
-    check_params = staticmethod(at_least(steps=1, count=1))
+    check_params = staticmethod(limits(steps=1, count=1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Validation:
 
     every: int = 1000
     batches: int = 8
-    check_params = staticmethod(at_least(every=1, batches=1))
+    check_params = staticmethod(limits(every=1, batches=1))
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Logging:
     every: int = 50
     images_every: int = 1000
     wandb: bool | dict = True
-    check_params = staticmethod(at_least(every=1, images_every=0))
+    check_params = staticmethod(limits(every=1, images_every=0))
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class Checkpoint:
 
     every: int = 1000
     keep: int = 3
-    check_params = staticmethod(at_least(every=1, keep=1))
+    check_params = staticmethod(limits(every=1, keep=1))
 
 
 @dataclass(frozen=True)
@@ -129,6 +122,7 @@ class Config:
     checkpoint: dict | None = None
     trainer: dict | None = None
     init_from: str | None = None
+    check_params = staticmethod(limits(seed=(0, 2**32 - 1)))  # numpy takes no more
 
 
 def load(paths: Sequence[str | Path], overrides: Iterable[str] = (), environment: bool = True) -> DictConfig:
@@ -151,6 +145,11 @@ def load(paths: Sequence[str | Path], overrides: Iterable[str] = (), environment
         return OmegaConf.create(OmegaConf.to_container(OmegaConf.create(merged), resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'config'}: {_first_line(error)}") from error
+
+
+def as_dict(cfg: DictConfig) -> dict:
+    """-> plain data; a value that is still to be filled in ("???") stays text."""
+    return OmegaConf.to_container(cfg, resolve=True)
 
 
 def merge(old: Any, new: Any) -> Any:
@@ -220,7 +219,7 @@ def _first_line(error: Exception) -> str:
 def check_config(cfg: Mapping, allowed: Iterable[str] | None = None) -> list[str]:
     """-> every mistake in the whole config, one line each with its path; [] if there is none. Makes no model and reads
     no data. `allowed` is the argument of `ldm.common.build.locate`."""
-    config = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else plain(cfg)
+    config = as_dict(cfg) if isinstance(cfg, DictConfig) else plain(cfg)
     mistakes = check_call(Config, config, "", allowed=allowed)
     for name, (target, given) in SECTIONS.items():
         section = config.get(name)
@@ -236,9 +235,13 @@ def check_config(cfg: Mapping, allowed: Iterable[str] | None = None) -> list[str
 def _check_kind(config: dict) -> list[str]:
     """The sections that only some trainings have. A training module says what it trains by its attribute `kind`."""
     try:
-        kind = getattr(locate(config["model"]["target"]), "kind", None) if is_block(config.get("model")) else None
+        module = locate(config["model"]["target"]) if is_block(config.get("model")) else None
     except UserError:
         return []  # `check` has told it
+    if module is not None and not hasattr(module, "kind"):
+        return [f"model.target: {config['model']['target']} is not trained by this program; ldm.lit.DiffusionModule is, and "
+                "autoencoder.lit.AutoencoderModule"]  # fmt: skip
+    kind = getattr(module, "kind", None)
     if kind in ("diffusion", "classifier") and not config.get("autoencoder"):
         what = {"diffusion": "diffusion model", "classifier": "classifier"}[kind]
         return [f"autoencoder: missing; a {what} needs one of {', '.join(SOURCES)}"]
@@ -256,13 +259,17 @@ def _check_autoencoder(section: Any) -> list[str]:
         for key in section
         if key not in SOURCES and not (key == "params" and "target" in section)
     ]
+    with suppress(UserError):  # told by whoever looks at blocks
+        if "target" in section and lacking(locate(section["target"]), AUTOENCODER):
+            mistakes.append(f"autoencoder.target: expected what makes an autoencoder, such as autoencoder.base.Identity; got "
+                            f"{section['target']}")  # fmt: skip
     if len(named) != 1:
         mistakes.append(f"autoencoder: expected exactly one of {', '.join(SOURCES)}, got {', '.join(named) or 'none'}")
     for key in ("config", "ckpt"):
         value = section.get(key)
         if key in section and not isinstance(value, str):
             mistakes.append(f"autoencoder.{key}: expected path, got {value!r}")
-        elif key in section and not Path(value).exists():
+        elif key in section and not (Path(value).is_file() if key == "config" else Path(value).exists()):
             instead = _files_near(Path(value)) if key == "config" else ""
             mistakes.append(f"autoencoder.{key}: no such file {value}{instead}")
     return mistakes
@@ -279,6 +286,11 @@ def _check_names(config: dict) -> list[str]:
         if isinstance(value, dict):
             mistakes += problems(value, getattr(import_module(module), attribute), f"{name}.{key}")
     return mistakes
+
+
+def lacking(call: Any, names: Iterable[str]) -> bool:
+    """Whether a class lacks some of these; a function may make anything."""
+    return isinstance(call, type) and not all(hasattr(call, name) for name in names)
 
 
 def section(cfg: Mapping, kind: type[Section]) -> Section:

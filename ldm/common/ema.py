@@ -81,6 +81,7 @@ class Ema(nn.Module):
         self.shadow._apply(lambda t: t.float() if t.is_floating_point() and id(t) not in frozen else t)
         self.decay, self.warmup = decay, warmup
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.train()
 
     @torch.no_grad()
     def update(self, module: nn.Module, images: int = 0) -> None:
@@ -99,6 +100,10 @@ class Ema(nn.Module):
 
     def forward(self, *args, **kwargs) -> Tensor:
         return self.shadow(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Ema:
+        """An average is never trained: it stays in eval mode, whatever becomes of the module that it is a part of."""
+        return super().train(False)
 
 
 class Snapshots:

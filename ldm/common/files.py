@@ -15,12 +15,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+WORKER = re.compile(r"Caught UserError in .*\.\nOriginal Traceback")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, limit of a file's size
 
 
 class UserError(ValueError):
     """A mistake in what a person gave (file, config, argument). The message is one line that says what came, what was
-    expected and what to do; main.py and `python -m ldm` print it without a traceback and exit with status 2."""
+    expected and what to do; main.py and `python -m ldm` print it without a traceback and exit with status 2. The same where
+    torch has put the traceback of one of its loader's workers before it."""
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said.rpartition("UserError: ")[2].rstrip() if WORKER.match(said) else said
 
 
 class OnAllRanks(UserError):
@@ -33,14 +39,19 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
     When the body ends, the file is flushed to disk and renamed over `path`: readers see the old file or the whole new
     one, whatever happens. When the body raises, the temporary file is removed and `path` is as it was. A full disk
-    (quota, limit of a file's size) raises OSError with `path` and the free space in its message.
+    (quota, limit of a file's size) raises OSError with `path` and the free space in its message. Whoever may read new files
+    may read it: some writers (safetensors) make theirs for the owner alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent.resolve())
     temporary = path.parent / f"{_mark()}{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask, which cannot be asked for without changing it
+        temporary.unlink()
         yield temporary
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
         with suppress(OSError):  # some network file systems cannot flush a folder; the file itself is safe
@@ -148,7 +159,9 @@ def free_bytes(path: str | os.PathLike) -> int:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """-> the choice most like `word`, upper and lower case being alike; None where nothing is close."""
-    lowered = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), lowered, n=1)
-    return lowered[found[0]] if found else None
+    """-> the choice most like `word`; None where nothing is close. Upper and lower case are alike, but for a choice between
+    names that differ in nothing else."""
+    choices = list(choices)
+    found = difflib.get_close_matches(str(word).lower(), {choice.lower() for choice in choices}, n=1)
+    same = [choice for choice in choices if found and choice.lower() == found[0]]
+    return max(same, key=lambda choice: difflib.SequenceMatcher(None, str(word), choice).ratio(), default=None)

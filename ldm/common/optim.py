@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.common.build import Block, build, locate
+from ldm.common.files import UserError
+from ldm.common.limits import limits
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
@@ -57,6 +59,7 @@ class Muon(Optimizer):
     """
 
     given = ("named_parameters",)
+    check_params = staticmethod(limits(lr=0, adam_lr=0, momentum=(0, 1), weight_decay=0, eps=0, steps=1))
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float = 1e-3, momentum: float = 0.95,
                  adam_lr: float | None = None, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
@@ -121,8 +124,12 @@ def make_optimizer(block: Block, module: nn.Module) -> Optimizer:
     """The optimizer of a configuration block over ``module``'s trainable parameters."""
     target = locate(block["target"])
     if "named_parameters" in getattr(target, "given", ()):
-        return build(block, named_parameters=list(module.named_parameters()))
-    return build(block, params=[p for p in module.parameters() if p.requires_grad])
+        optimizer = build(block, named_parameters=list(module.named_parameters()))
+    else:
+        optimizer = build(block, params=[p for p in module.parameters() if p.requires_grad])
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"{block['target']} makes no optimizer; take torch.optim.AdamW, for example")
+    return optimizer
 
 
 def make_schedule(block: Block | None, optimizer: Optimizer, total: int | None) -> LambdaLR:

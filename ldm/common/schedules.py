@@ -6,6 +6,8 @@ import math
 from itertools import accumulate
 from typing import Literal
 
+from ldm.common.limits import limits
+
 
 class Warmup:
     """Linear warm-up over ``steps``, then constant or down to 0 at the run's end.
@@ -15,6 +17,7 @@ class Warmup:
     """
 
     given = ("total",)
+    check_params = staticmethod(limits(steps=0))
 
     def __init__(self, steps: int = 100, decay: Literal["constant", "linear", "cosine"] = "constant",
                  total: int | None = None):

@@ -62,6 +62,14 @@ def mixed(a: Cond, b: Cond, share: Tensor, way: Way = "lerp") -> Cond:
     return Cond(tokens, mask, vector, None if a.spatial is None else lerp(a.spatial, b.spatial, share))
 
 
+def replaced(batch: Mapping[str, Any], what: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with other conditions: a text, or entries, each of them for all pictures; at both ends, where it has two."""
+    n, given = len(batch["position"]), {"caption": what} if isinstance(what, str) else what
+    rest = {key: value for key, value in batch.items() if key.removeprefix(TO) not in given}
+    return rest | {key: [value] * n if isinstance(value, str) else torch.stack([torch.as_tensor(value)] * n)
+                   for key, value in given.items()}  # fmt: skip
+
+
 class Between(Conditioner):
     """A conditioner whose batch has two conditions of each sample, the second under keys that begin with TO, and SHARE (B,):
     how far it is from the first, 0, to the second, 1."""

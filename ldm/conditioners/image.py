@@ -26,7 +26,8 @@ class ImageEmbedding(Conditioner):
     The batch has "image_embedding" (B,D), or pictures (B,3,H,W) in [-1,1] which the encoder reads.
 
     Args:
-        encoder: a folder or a model hub id of CLIP's vision tower; None: embeddings are given.
+        encoder: a folder or a model hub id of CLIP's vision tower, or "random", a small one that knows nothing and needs no
+            file, for trying things out; None: embeddings are given.
         embedding_width: D, where there is no encoder.
         to: "vector", "tokens" made of the embedding, or "patches": the encoder's last hidden states as tokens.
         width: of the tokens, by a trained projection; None: as they are. count: tokens that one embedding becomes.
@@ -78,6 +79,11 @@ class ImageEmbedding(Conditioner):
         embedding = Want("image_embedding", "array", f"{self.embedding_width} numbers", self.embedding_width, needed=False)
         either = (wanted,) if to == "patches" else (wanted, embedding) if reads_pictures else (replace(embedding, needed=True),)
         return either if self.noise is None else (*either, self.noise.wants)
+
+    def prepare(self) -> None:
+        """Find the encoder's files, download them if they are missing; UserError, naming them, when that fails."""
+        if self.encoder is not None:
+            self.encoder.prepare()
 
     @property
     def encoder_hash(self) -> str | None:

@@ -15,7 +15,7 @@ from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, Draw, check_dropout
 from ldm.conditioners.wants import united, wants_of
 
-TEXT = ("encode", "states_hash", "null_states", "prepare", "release", "dropped_words", "max_length")  # of one that caches
+TEXT = ("encode", "states_hash", "null_states", "release", "dropped_words", "max_length")  # of one that caches
 
 
 class Join(Conditioner):
@@ -54,6 +54,11 @@ class Join(Conditioner):
     @property
     def has_null(self) -> bool:
         return self.dropout > 0 or any(part.has_null for part in self.parts)
+
+    def prepare(self) -> None:
+        for part in self.parts:
+            if hasattr(part, "prepare"):
+                part.prepare()
 
     def __getattr__(self, name: str) -> Any:
         if name in TEXT:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ldm.common.files import UserError
+from ldm.common.limits import limits
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, tensor
 from ldm.conditioners.wants import Want
@@ -26,6 +27,8 @@ class ClassLabel(Conditioner):
         key: of the batch.
     """
 
+    check_params = staticmethod(limits(classes=1, width=1, dropout=(0, 1)))
+
     def __init__(self, classes: int, width: int, to: Literal["vector", "tokens"] = "vector", dropout: float = 0.0,
                  null_row: bool = True, key: str = "class"):
         super().__init__()
@@ -38,7 +41,7 @@ class ClassLabel(Conditioner):
         else:
             self.width = width
         self.embedding = nn.Embedding(self.rows, width)
-        self.wants = (Want(key, "class", f"a class, 0 to {classes - 1}"),)
+        self.wants = (Want(key, "class", f"a class, 0 to {classes - 1}", classes=classes),)
 
     def forward(self, batch: Mapping[str, Any]) -> Cond:
         return self.embed(tensor(batch, self.key, self, ()))

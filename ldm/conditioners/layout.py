@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.common.files import UserError
+from ldm.common.limits import limits
 from ldm.cond import Cond
 from ldm.conditioners.base import Conditioner, check_dropout, tensor
 from ldm.conditioners.transformer import TextTransformer
@@ -38,7 +39,7 @@ def layout(batch: Mapping[str, Any], classes: int, objects: int, owner: nn.Modul
 
 
 def boxes_wanted(classes: int, objects: int) -> tuple[Want, ...]:
-    return (Want("boxes", "boxes", f"boxes of classes 0 to {classes - 1}, {objects} at most", objects),)
+    return (Want("boxes", "boxes", f"boxes of classes 0 to {classes - 1}, {objects} at most", objects, classes),)
 
 
 def box_tokens(boxes: Tensor, kinds: Tensor, vocabulary: int, crop: bool = True) -> Tensor:
@@ -69,6 +70,8 @@ class BoxTokens(Conditioner):
         logits: keep the layer that the published checkpoint has and nobody uses, from states to tokens.
         dropout: share of samples that training gives no object; the null.
     """
+
+    check_params = staticmethod(limits(classes=1, objects=1, width=1, layers=1, heads=1, head_dim=1, dropout=(0, 1)))
 
     def __init__(self, classes: int, objects: int = 30, vocabulary: int = 8192, width: int = 512, layers: int = 16,
                  heads: int = 8, head_dim: int = 64, crop: bool = True, logits: bool = False, dropout: float = 0.0):
@@ -112,6 +115,8 @@ class Boxes(Conditioner):
         frequencies: K.
         dropout: share of samples that training gives no object; the null.
     """
+
+    check_params = staticmethod(limits(classes=1, objects=1, width=1, frequencies=1, dropout=(0, 1)))
 
     def __init__(self, classes: int, objects: int, width: int, frequencies: int = 8, dropout: float = 0.0):
         super().__init__()

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.common.files import UserError, digest
+from ldm.common.limits import limits
 from ldm.cond import Cond
 from ldm.conditioners.captions import Captions
 from ldm.conditioners.encoders import load_encoder
@@ -29,6 +30,8 @@ class TextConditioner(Captions):
     The frozen encoder is no submodule: it is absent from parameters() and state_dict(), shared by deep copies, and read
     when a caption is first encoded.
     """
+
+    check_params = staticmethod(limits(max_length=3, width=1, depth=0, heads=1, dropout=(0, 1)))
 
     def __init__(
         self,

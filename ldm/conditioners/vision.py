@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoencoder.base import without_autocast
 from ldm.common.files import UserError, digest, file_sha256
 from ldm.common.quiet import quiet_transformers
+from ldm.common.weights import content
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels in 0..1 (2103.00020)
 FILES = ["config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
@@ -29,7 +30,11 @@ class Facts:
     parameters: int
 
 
+RANDOM = "random"  # a name: a small tower with random weights, always the same, for trying things out without a network
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8,
+             projection_dim=32)  # fmt: skip
 KNOWN = {
+    RANDOM: Facts(32, 32, 64, 65, 26_496),
     "openai/clip-vit-large-patch14": Facts(768, 1024, 224, 257, 303_966_208),
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": Facts(1024, 1280, 224, 257, 632_076_800),
 }
@@ -38,8 +43,8 @@ KNOWN = {
 class FrozenVision:
     """A picture encoder that is never trained, saved or copied: a deep copy of its owner shares it.
 
-    name: a local folder (transformers layout), or a model hub id. Nothing is read until it is needed, but for the sizes of
-    encoders that are not in KNOWN.
+    name: a local folder (transformers layout), a model hub id, or RANDOM. Nothing is read until it is needed, but for the sizes
+    of encoders that are not in KNOWN.
     """
 
     def __init__(self, name: str):
@@ -59,13 +64,25 @@ class FrozenVision:
     @cached_property
     def hash(self) -> str:
         """Of the weights."""
+        if self.name == RANDOM:
+            return digest({key: content(value) for key, value in self.model.state_dict().items()})
         return digest({path.name: file_sha256(path) for path in sorted(self.folder.glob("*.safetensors"))})
+
+    def prepare(self) -> None:
+        """Finds the files, or downloads them. UserError names what is missing."""
+        if self.name != RANDOM:
+            _ = self.folder
 
     @cached_property
     def model(self) -> nn.Module:
         """The module, float32, eval, without gradients."""
         import transformers
 
+        if self.name == RANDOM:
+            with torch.random.fork_rng(devices=()), torch.device("cpu"):
+                torch.manual_seed(0)
+                made = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**SMALL))
+            return made.eval().requires_grad_(False)
         try:
             with quiet_transformers(), torch.device("cpu"):
                 model, found = transformers.CLIPVisionModelWithProjection.from_pretrained(

@@ -22,6 +22,7 @@ class Want:
     about: what it is, in words.
     sides: of pictures, masks and maps.
     instead: another key that does as well; it has a Want of its own, which is not needed.
+    classes: how many there are, of a class and of boxes.
     default: of a number that is not given, a row of ``size``, or "size", height and width of what is drawn.
     """
 
@@ -29,6 +30,7 @@ class Want:
     kind: Kind
     about: str
     size: int = 1
+    classes: int | None = None
     sides: Sides = "any"
     needed: bool = True
     instead: str | None = None

@@ -31,6 +31,7 @@ class Add(Dataset[dict]):
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self.settings: list = []
+        self.named: dict[str, int] = {}
 
     def more(self, i: int, item: dict) -> dict:
         """What is added to item i; ``item`` is empty where its picture is not read."""
@@ -39,6 +40,11 @@ class Add(Dataset[dict]):
     def told(self) -> str:
         """A line about it."""
         return f"{type(self).__name__}: {', '.join(map(str, self.settings))}"
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """How many classes there are, by the keys of items that name one."""
+        return getattr(self.dataset, "classes", {}) | self.named
 
     def __len__(self) -> int:
         return len(self.dataset)

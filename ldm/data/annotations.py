@@ -37,7 +37,7 @@ class AddClass(Add):
             found = {key: data.decode().strip() for key, data in members(dataset, of).items()}
         numbers, self.names = numbered(complete(dataset, found, f"class of {of}"), names)
         self.numbers = np.array(numbers, dtype=np.int32)
-        self.settings = [of, self.names, numbers]
+        self.settings, self.named = [of, self.names, numbers], {"class": len(self.names)}
 
     def more(self, i: int, item: dict) -> dict:
         return {"class": int(self.numbers[place(self.dataset, i, item)])}

@@ -47,6 +47,7 @@ class AddBoxes(Add):
         kinds, counts = torch.tensor(kinds, dtype=torch.int64), [len(row) for row in rows]
         self.kinds = kinds.split(counts)
         self.boxes = torch.tensor([one["box"] for row in rows for one in row], dtype=torch.float32).reshape(-1, 4).split(counts)
+        self.named = {"boxes": len(self.names)}
         self.settings = [objects, unit, corners, self.names, kinds.tolist(), [boxes.tolist() for boxes in self.boxes]]
 
     def more(self, i: int, item: dict) -> dict:

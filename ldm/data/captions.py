@@ -129,8 +129,7 @@ def records(table: Path) -> Iterator[tuple[str, dict]]:
     """-> (where in the table, all columns) of each row of a .jsonl, .csv or .parquet file. Raises UserError."""
     if table.suffix == ".parquet":
         with _parquet(table) as file:
-            numbered = enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), start=1)
-            yield from ((f"{table}, row {number}", row) for number, row in numbered)
+            yield from ((f"{table}, row {number}", row) for number, row in enumerate(_batches(table, file), start=1))
     else:
         text, _ = read_text(table)
         lines = _csv_rows(table, text) if table.suffix == ".csv" else _json_rows(table, text)
@@ -172,25 +171,36 @@ def _csv_rows(table: Path, text: str) -> Iterator[tuple[int, dict]]:
 def _parquet(table: Path) -> Any:
     """-> the file, open. Raises UserError."""
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise UserError(f"{table}: to read it, install pyarrow: pip install pyarrow") from error
     try:
         return ParquetFile(table)
-    except ArrowInvalid as error:
-        raise UserError(f"{table}: not a Parquet file: {str(error).splitlines()[0]}") from error
+    except (ArrowException, OSError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{table}: not a Parquet file: {said}") from error
 
 
 def _parquet_rows(table: Path) -> Iterator[tuple[str, str]]:
     with _parquet(table) as file:
         image, caption = columns(str(table), file.schema_arrow.names)
-        number = 0
-        for batch in file.iter_batches(columns=[image, caption]):
-            for row in batch.to_pylist():
-                number += 1
-                where = f"{table}, row {number}"
-                yield _cell(where, image, row[image]), _cell(where, caption, row[caption])
+        for number, row in enumerate(_batches(table, file, [image, caption]), start=1):
+            where = f"{table}, row {number}"
+            yield _cell(where, image, row[image]), _cell(where, caption, row[caption])
+
+
+def _batches(table: Path, file: Any, columns: list[str] | None = None) -> Iterator[dict]:
+    """-> rows. UserError where they cannot be unpacked."""
+    batches = file.iter_batches(columns=columns)
+    while True:
+        try:
+            found = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except Exception as error:  # pyarrow passes on what its readers run into: OSError, ArrowInvalid, UnicodeDecodeError ...
+            raise UserError(f"{table}: damaged: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        yield from found
 
 
 def columns(where: str, names: Collection[str]) -> tuple[str, str]:

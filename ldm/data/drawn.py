@@ -36,7 +36,7 @@ class AddDrawn(Add):
         if not hasattr(dataset, "scene"):
             raise UserError(f"dataset: drawn shapes are expected (ldm.data.shapes.Shapes), got {type(dataset).__name__}")
         self.also = list(also)
-        self.settings = [self.also]
+        self.settings, self.named = [self.also], dict.fromkeys({"class", "boxes"} & {*also}, len(NAMES))
 
     def more(self, i: int, item: dict) -> dict:
         scene, found = self.dataset.scene(i), {}

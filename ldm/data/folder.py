@@ -8,7 +8,7 @@ from PIL import Image
 from ldm.common.files import UserError, nearest
 from ldm.data.arrays import SUFFIXES
 from ldm.data.captions import Layout, find_captions
-from ldm.data.pictures import Pictures, Scan, Split
+from ldm.data.pictures import Pictures, Scan, Split, storable
 
 NOT_PICTURES = {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".hdf"}  # Pillow knows them, but draws or plays
 
@@ -67,6 +67,8 @@ def list_files(root: Path, channels: int = 3) -> tuple[list[str], list[str]]:
             if not name.startswith("."):
                 path = Path(folder, name).relative_to(root).as_posix()
                 suffix = Path(name).suffix.lower()
+                if not storable(path):  # its name is no text, and keys are
+                    suffix, path = "", path.encode("utf-8", "replace").decode("utf-8")
                 found["picture" if suffix in suffixes else "array" if suffix in SUFFIXES else "other"].append(path)
     taken = "picture" if found["picture"] and channels <= 4 else "array"
     images = found.pop(taken)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.common.files import UserError
 from ldm.data.add import Add, place, plain_key
 from ldm.data.arrays import BrokenImage, is_array, read_array
-from ldm.data.transforms import middle, prepare, told
+from ldm.data.transforms import middle, opened, prepare, small_enough, told
 
 SUFFIXES = (".png", ".npy", ".npz", ".tif", ".tiff", ".jpg", ".jpeg", ".webp")
 
@@ -73,7 +71,8 @@ def numbers_in(data: bytes) -> Tensor:
     if is_array(data):
         numbers = read_array(data, 1)[..., 0]
     else:
-        with told(), Image.open(io.BytesIO(data)) as image:
+        with told(), opened(data) as image:
+            small_enough(image)
             if image.mode not in ("P", "L", "1", "I", "I;16", "I;16B"):
                 raise BrokenImage(f"a map of classes has one number a pixel (grey or palette), this is {image.mode}")
             numbers = np.asarray(image)

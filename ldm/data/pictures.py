@@ -29,7 +29,8 @@ KINDS = {1: "grey", 2: "grey and opacity", 3: "RGB", 4: "RGBA"}  # by the number
 class Pictures(Dataset[dict]):
     """Items {"image": (C,size,size) float32 in [-1,1], "caption": str, "key": str}. A subclass `read`s an entry.
 
-    keys, captions: of all entries, None where an entry has no caption (an error, or "" with `empty_ok`).
+    keys, captions: of all entries, None where an entry has no caption: such images are left out and listed, and are an
+        error where they are more than the share `max_broken`; with `empty_ok` their caption is "".
     split: "validation" is about the share `validation_share` of the entries, those whose key has a low hash;
         "train" the others; which is which does not change when entries are added.
     scan: "all" decodes every image once before training, with threads; "sample" up to 1,000, evenly spread. Broken
@@ -71,15 +72,11 @@ class Pictures(Dataset[dict]):
         self.caption_source, self.notes = caption_source, notes
         # packed strings: worker processes would copy a list's pages one by one as they count references
         self._keys = np.array(list(keys), dtype=np.dtypes.StringDType())
-        self._captions = np.array([caption or "" for caption in captions], dtype=np.dtypes.StringDType())
+        self._captions = np.array([stored(caption or "") for caption in captions], dtype=np.dtypes.StringDType())
         self._hashes = np.zeros(len(self._keys), dtype="S64")  # SHA-256 of the file in hex, empty until known
         self.kept = self._part(split, validation_share)
         self._share = f" ({split} split of {len(keys):,})" if split != "all" else ""
-        if len(missing := self._missing()) and not empty_ok:
-            raise UserError(
-                f"{where}: {len(missing):,} of {len(self.kept):,} images have no caption: {_some(missing, 5)}; "
-                f"captions were taken from {caption_source}; add them, or set empty_ok: true to use empty ones"
-            )
+        self.untold = [] if empty_ok else self._without_captions(max_broken)
         self._scan(max_broken)
 
     def read(self, entry: int) -> bytes:
@@ -106,7 +103,7 @@ class Pictures(Dataset[dict]):
             else:
                 return {"image": image.flip(-1) if mirrored else image, "caption": self.caption(j % len(self)),
                         "key": self._keys[entry] + MIRRORED * mirrored}  # fmt: skip
-        raise OSError(f"{self.where}: {TRIES} images in a row cannot be read; is the disk still there?")
+        raise UserError(f"{self.where}: {TRIES} images in a row cannot be read; is the disk still there?")
 
     def caption(self, i: int) -> str:
         return self._captions[self._locate(i)[0]]
@@ -152,6 +149,8 @@ class Pictures(Dataset[dict]):
         lines.append(f"captions from {self.caption_source}" + (f', such as "{example[:80]}"' if example else ""))
         if len(missing):
             lines.append(f"empty captions: {_some(missing, 5)}")
+        if self.untold:
+            lines.append(f"images without a caption left out: {len(self.untold):,}: {_some(self.untold, LISTED)}")
         if self.broken:
             listed = [f"{key} ({reason})" for key, reason in self.broken.items()]
             lines.append(
@@ -171,6 +170,16 @@ class Pictures(Dataset[dict]):
     def _missing(self) -> np.ndarray:  # keys
         kept = self._keys[self.kept]
         return kept[self._captions[self.kept] == ""]
+
+    def _without_captions(self, most: float) -> list[str]:  # keys of images that are left out
+        missing = self._missing()
+        if len(missing) > most * len(self.kept):
+            raise UserError(
+                f"{self.where}: {len(missing):,} of {len(self.kept):,} images have no caption: {_some(missing, 5)}; "
+                f"captions were taken from {self.caption_source}; add them, or set empty_ok: true to use empty ones"
+            )
+        self.kept = self.kept[self._captions[self.kept] != ""]
+        return list(map(str, missing))
 
     def _part(self, split: Split, share: float) -> np.ndarray:
         """-> entries of the split, in order."""
@@ -223,6 +232,15 @@ class Pictures(Dataset[dict]):
             return str(error), []
         self._hashes[entry] = hashlib.sha256(data).hexdigest()
         return None, ["small"] * (min(image.size) < self.size) + ["deep"] * (image.mode == "F")
+
+
+def storable(text: str) -> bool:
+    """Whether it has no halves of surrogate pairs, which JSON and names of files can spell and nothing can store."""
+    return text == stored(text)
+
+
+def stored(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def fraction(*keys: int | str) -> float:

@@ -25,6 +25,7 @@ from ldm.data.arrays import (
 )
 
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, a picture lies on its side
+PROGRAMS = {"EPS", "PDF", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"}  # what draws or plays such files is not Pillow itself
 VERSION = 1  # part of every fingerprint: raise it when the pixels that come out change
 
 
@@ -79,7 +80,7 @@ def sides(data: bytes, channels: int = 3) -> tuple[int, int]:
     """-> height and width of a picture, turned as EXIF says, without unpacking it; of an array too. Raises BrokenImage."""
     if is_array(data):
         return read_array(data, channels).shape[:2]
-    with told(), Image.open(io.BytesIO(data)) as image:
+    with told(), opened(data) as image:
         width, height = image.size
         return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
 
@@ -91,8 +92,8 @@ def unpack(data: bytes, channels: int = 3, value_range: Sequence[float] | None =
     if is_array(data):
         return _bands(scaled(read_array(data, channels), value_range))
     needs_pictures(channels)
-    with told(), Image.open(io.BytesIO(data)) as image:
-        _small_enough(image)
+    with told(), opened(data) as image:
+        small_enough(image)
         if is_deep(image, channels):
             return _bands(read_deep(data, channels, value_range))
     image = decode(data, at_least, {2: "LA", 4: "RGBA"}.get(channels, "RGB"))
@@ -104,13 +105,19 @@ def unpack(data: bytes, channels: int = 3, value_range: Sequence[float] | None =
 def decode(data: bytes, at_least: int | None = None, mode: str = "RGB") -> Image.Image:
     """-> 8 bits, of an image that has no more. Large JPEGs are unpacked at 1/2, 1/4 or 1/8 where both sides stay `at_least`
     pixels: much faster."""
-    with told(), Image.open(io.BytesIO(data)) as image:
-        _small_enough(image)
+    with told(), opened(data) as image:
+        small_enough(image)
         if at_least is not None:
             image.draft(None, (at_least, at_least))
         image.load()
         image = ImageOps.exif_transpose(image)
         return flatten(image) if mode == "RGB" else with_opacity(image, mode)
+
+
+def opened(data: bytes) -> Image.Image:
+    """Whatever its name, a file of a kind for which Pillow starts another program (EPS) is no picture."""
+    Image.init()
+    return Image.open(io.BytesIO(data), formats=[kind for kind in Image.OPEN if kind not in PROGRAMS])
 
 
 @contextmanager
@@ -126,7 +133,8 @@ def told() -> Iterator[None]:
         raise BrokenImage(str(error) or type(error).__name__) from error
 
 
-def _small_enough(image: Image.Image) -> None:
+def small_enough(image: Image.Image) -> None:
+    """Before it is unpacked. Raises BrokenImage."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BrokenImage(f"{width}x{height} pixels; the limit is {MAX_PIXELS:,} in all")

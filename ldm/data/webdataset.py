@@ -5,6 +5,7 @@ folder. (The webdataset library, which streams, is only needed to write shards.)
 """
 
 import glob
+import logging
 import os
 import re
 import tarfile
@@ -21,6 +22,9 @@ from ldm.data.captions import CAPTION_COLUMNS, decode_text
 from ldm.data.folder import no_folder, picture_suffixes
 from ldm.data.pictures import Pictures, Scan, Split
 
+log = logging.getLogger(__name__)
+
+MOST = 2**20  # bytes of a caption
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}  # how such files begin
 
 
@@ -46,8 +50,8 @@ class WebDataset(Pictures):
         empty_ok: bool = False,
         value_range: list[float] | None = None,
     ) -> None:
-        self.shards = find_shards(shards)
-        index = indexed(self.shards, caption_key.lower().removeprefix("."), channels)
+        index = indexed(find_shards(shards), caption_key.lower().removeprefix("."), channels, max_broken)
+        self.shards, self.broken_shards = index.shards, index.damaged
         if not index.keys:
             raise UserError(f"{shards}: no image in {len(self.shards):,} shards; they hold {_endings(index.endings)}")
         if not index.captions and not empty_ok:
@@ -57,7 +61,7 @@ class WebDataset(Pictures):
             )
         self._shard = np.array(index.shard, dtype=np.int32)
         self._span = np.array(index.span, dtype=np.int64).reshape(-1, 2)  # offset and length of the image in its shard
-        keys = index.unique_keys(self.shards)
+        keys = index.unique_keys()
         super().__init__(
             shards, keys, [index.captions.get(e) for e in range(len(keys))], size=size, channels=channels,
             value_range=value_range, flip=flip, split=split, validation_share=validation_share, scan=scan,
@@ -75,12 +79,16 @@ class WebDataset(Pictures):
         return int(self._span[entry, 1])
 
 
-def indexed(shards: list[Path], caption_key: str, channels: int) -> "Index":
-    """What is in the shards. Arrays (.npy, .npz) are images where there are no others, or none of so many channels."""
+def indexed(shards: list[Path], caption_key: str, channels: int, max_broken: float) -> "Index":
+    """What is in the shards. Arrays (.npy, .npz) are images where there are no others, or none of so many channels. Shards
+    that are no whole tar files are left out; UserError where they are more than the share `max_broken`."""
     for suffixes in [picture_suffixes()] * (channels <= 4) + [set(SUFFIXES)]:
         index = Index(caption_key, suffixes)
-        for number, shard in enumerate(shards):
-            index.add(number, shard)
+        for shard in shards:
+            index.add(shard)
+        if len(index.damaged) > max_broken * len(shards):
+            first, *others = index.damaged.values()
+            raise UserError(first + (f"; so are {len(others):,} other shards of {len(shards):,}" if others else ""))
         if index.keys:
             break
     return index
@@ -100,37 +108,54 @@ class Index:
     repeated: list[str] = field(default_factory=list)  # members left out, as their sample has such a member already
     no_image: list[str] = field(default_factory=list)  # samples
     latin: list[str] = field(default_factory=list)  # members which are not UTF-8
+    garbled: list[str] = field(default_factory=list)  # members which are not JSON, but should be
+    shards: list[Path] = field(default_factory=list)  # that are whole
+    damaged: dict[str, str] = field(default_factory=dict)  # shard -> what is wrong with it
 
-    def add(self, number: int, shard: Path) -> None:
-        """Reads shard number `number`. Raises UserError where it is no tar file, is compressed or damaged."""
+    def add(self, shard: Path) -> None:
+        """Reads a shard, or tells why it cannot be."""
+        try:
+            images, captions = self._members(shard)
+        except (Damaged, OSError) as error:
+            reason = str(error) if isinstance(error, Damaged) else f"{shard}: cannot be read: {error.strerror}"
+            self.damaged[str(shard)] = reason
+            log.warning("%s", self.damaged[str(shard)])
+            return
+        self.no_image += [key for key in captions if key not in images]
+        for key, span in images.items():
+            if caption := captions.get(key):
+                self.captions[len(self.keys)] = caption
+            self.keys.append(key)
+            self.shard.append(len(self.shards))
+            self.span.append(span)
+        self.shards.append(shard)
+
+    def _members(self, shard: Path) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+        """-> by the samples' names, where their images lie, and their captions."""
         images, captions = {}, {}
         with open(shard, "rb") as file:
             try:
                 tar = tarfile.TarFile(fileobj=file)
                 for member in tar:
                     key, ending = split_name(member.name)
-                    if not key or not member.isfile():
+                    if not key or not member.isfile() or member.issparse():
                         continue
                     self.endings[ending] += 1
                     if "." + ending in self.suffixes:
                         self._put(images, key, (member.offset_data, member.size), member.name)
                     elif ending == self.caption_key:
-                        text = self._caption(f"{shard}: {member.name}", tar.extractfile(member).read())
+                        text = self._caption(f"{shard}: {member.name}", tar.extractfile(member).read(MOST))
                         self._put(captions, key, text, member.name)
-            except tarfile.ReadError as error:
-                raise UserError(f"{shard}: {_trouble(file, error)}") from error
+            except (tarfile.TarError, ValueError, OSError, EOFError) as error:  # what its reader trips over
+                if isinstance(error, UserError):
+                    raise
+                raise Damaged(f"{shard}: {_trouble(file, error)}") from error
             file.seek(tar.offset)  # tarfile takes a damaged header for the end
             if file.read(512).strip(b"\0"):
-                raise UserError(
+                raise Damaged(
                     f"{shard}: damaged or cut off after {len(images):,} images, at byte {tar.offset:,}; copy it again"
                 )
-        self.no_image += [key for key in captions if key not in images]
-        for key, span in images.items():
-            if caption := captions.get(key):
-                self.captions[len(self.keys)] = caption
-            self.keys.append(key)
-            self.shard.append(number)
-            self.span.append(span)
+        return images, captions
 
     def _put(self, members: dict, key: str, value: object, name: str) -> None:
         if key in members:
@@ -143,22 +168,30 @@ class Index:
         if not utf:
             self.latin.append(where)
         if self.caption_key == "json":
-            text = _from_json(where, text)
+            try:
+                record = parse_json(text, where)
+            except UserError:
+                self.garbled.append(where)
+                return ""
+            text = _from_json(where, record)
         return " ".join(text.split())
 
-    def unique_keys(self, shards: list[Path]) -> list[str]:
+    def unique_keys(self) -> list[str]:
         """-> keys, after the shard's name (and folder, if there are several) where another shard has the same."""
-        counts, names = Counter(self.keys), names_of(shards)
+        counts, names = Counter(self.keys), names_of(self.shards)
         placed = zip(self.keys, self.shard, strict=True)
         return [key if counts[key] == 1 else f"{names[shard]}/{key}" for key, shard in placed]
 
     def notes(self) -> list[str]:
         """-> lines for the report."""
         shared = sum(count > 1 for count in Counter(self.keys).values())
+        whole = len(self.shards) + len(self.damaged)
         lines = [
+            (len(self.damaged), f"of {whole:,} shards are damaged and left out", list(self.damaged.values())),
             (shared, "names are in several shards; there, the shard's name precedes them", []),
             (len(self.repeated), "members left out, as their sample has an image or caption already", self.repeated),
             (len(self.no_image), "captions without an image", self.no_image),
+            (len(self.garbled), "captions are not JSON that can be read", self.garbled),
             (len(self.latin), "captions are not UTF-8 and were read as Latin-1", self.latin),
         ]
         return [f"{n:,} {what}" + f": {', '.join(names[:5])}" * bool(names) for n, what, names in lines if n]
@@ -170,14 +203,18 @@ def names_of(shards: list[Path]) -> list[str]:
     return [path.absolute().relative_to(top).with_suffix("").as_posix() for path in shards]
 
 
+class Damaged(ValueError):
+    """A shard that is no whole tar file."""
+
+
 def split_name(name: str) -> tuple[str, str] | tuple[None, None]:
     """-> sample, ending in lower case, as the library has them: "a/0001.seg.PNG" -> "a/0001", "seg.png"."""
+    name = name.encode("utf-8", "replace").decode("utf-8")  # where it is not UTF-8, tarfile has halves of surrogate pairs
     match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", name, flags=re.DOTALL)
     return (match[1], match[2].lower()) if match else (None, None)
 
 
-def _from_json(where: str, text: str) -> str:
-    record = parse_json(text, where)
+def _from_json(where: str, record: object) -> str:
     name = next((name for name in CAPTION_COLUMNS if isinstance(record, dict) and name in record), None)
     if name is None:
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__

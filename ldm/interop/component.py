@@ -14,7 +14,10 @@ from ldm.interop import pickles
 
 CONFIG = "config.json"
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of the weights' names: of diffusers' models, of transformers'
-KINDS = (".safetensors", ".fp16.safetensors", ".safetensors.index.json", ".bin")  # what is taken first
+KINDS = (  # what is taken first: all of the precision, then halves; the new format, then pickles; one file, then several
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".fp16.safetensors", ".fp16.safetensors.index.json",
+    ".safetensors.index.fp16.json", ".fp16.bin", ".fp16.bin.index.json", ".bin.index.fp16.json",
+)  # fmt: skip
 
 
 def read_json(file: Path) -> dict:
@@ -46,7 +49,7 @@ def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     file = weights_file(folder)
-    if not file.name.endswith(".index.json"):
+    if file.suffix != ".json":
         return tensors_in(file)
     shards = read_json(file).get("weight_map")
     if (not isinstance(shards, Mapping)

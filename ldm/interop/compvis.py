@@ -73,7 +73,7 @@ def _averaged(weights: Mapping[str, Tensor], inside: Mapping[str, Tensor], prefi
 
 def block_of(config: Mapping, origin: str = "config") -> dict:
     """Our block of the autoencoder that a CompVis yaml describes: an autoencoder's, or a diffusion model's first stage."""
-    model = Said(config, origin).block("model")
+    model = Said(Said(config, origin).get("model"), f"{origin}: model")
     if "first_stage_config" in model.block("params"):
         params = model.block("params")
         return first_stage(params.block("first_stage_config"), params.whole("channels", 3))

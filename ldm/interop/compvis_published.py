@@ -16,8 +16,10 @@ NEEDED = "give the yaml that belongs to it (config=..., --config)"
 
 def recognised(tensors: Mapping[str, Tensor], origin: str) -> dict:
     """The yaml of a published model, by its tensors. UserError where several have these shapes, or none."""
-    taken = tensors[UNET_IN].shape[1] if UNET_IN in tensors else 0
-    width = tensors[UNET_IN].shape[0] if UNET_IN in tensors else 0
+    if UNET_IN not in tensors:
+        raise UserError(f"{origin}: its network is no UNet (it lacks {UNET_IN}); of this layout UNets are read, and no "
+                        "transformers such as Stable Diffusion 3's")
+    width, taken = tensors[UNET_IN].shape[:2]
     names = tuple(tensors)
     kind = next((kind for kind, mark in MARKS.items() if any(name.startswith(mark) for name in names)), None)
     if kind in ("xl", "refiner") and taken == 4 and width in (320, 384):

@@ -62,7 +62,8 @@ def params_of(process: Any, block: Mapping | None) -> dict:
         raise UserError(f"CompVis has no diffusion model on {type(process).__name__}, only on DDPM's steps")
     steps = len(process.alpha_bar)
     said = defaults(block) if block and block["target"].endswith(".DDPM") else {}
-    if process.tells != "step" or process._told is not None or process.between != "log_alpha":
+    whole = torch.arange(steps, dtype=torch.float64)  # between steps every sampler has its own way, which is not the model's
+    if not torch.equal(process.time(whole + (process.tells == "below")), whole):
         raise UserError("CompVis tells its networks the step itself: there is no process respaced, or told other times")
     named = said.get("schedule") in WRITTEN and not (said["schedule"] == "cosine" and said["end"] not in (None, 0.999))
     if not named or said["zero_terminal"] or said["floor"]:

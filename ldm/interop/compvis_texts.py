@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ldm.common.files import UserError
-from ldm.interop import component, text_names
+from ldm.interop import component, text_folders, text_names
 from ldm.interop.conditions import COND, DROPOUT, GUIDED, Around, Part
 from ldm.interop.said import Said
 
 VOCABULARIES = {"openai/clip-vit-large-patch14": "clip", "bert-base-uncased": "bert"}  # what a yaml calls them -> we
 HEADS = {"ViT-L-14": 12, "ViT-H-14": 16, "ViT-bigG-14": 20, "tiny": 4}  # of OpenCLIP's text towers, which no shape tells
+GENUINE = 49408  # words of CLIP's vocabulary; of other ones there are folders beside a checkpoint, of one encoder or of two:
+TOKENIZERS = ("tokenizer", "tokenizer_2")
 HEAD = 64  # width of each in all that are published
 SIZES = {"n_embed": "width", "n_layer": "layers", "vocab_size": "vocab_size", "max_seq_len": "max_length",
          "max_length": "max_length"}  # fmt: skip
@@ -49,7 +51,9 @@ def open_clip(said: Said, around: Around, prefix: str = f"{COND}model.", pools: 
     if arch != "tiny" and width != HEAD * heads:
         raise UserError(f"{said.place}.arch: {arch} is {HEAD * heads} wide, the weights are of {width}: it belongs to another "
                         "checkpoint")
-    return part
+    own = next((own for name in TOKENIZERS[::-1] if (own := around.folder / name).is_dir()), None)
+    return part if part.params["vocab_size"] == GENUINE or own is None else part._replace(
+        params=part.params | {"vocabulary": str(own)} | (text_folders.ids_in(own) or {}))
 
 
 def bert(said: Said, around: Around) -> Part:

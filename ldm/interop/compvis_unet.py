@@ -102,14 +102,17 @@ def params_of(network: nn.Module, params: Mapping[str, Any], in_channels: int, o
     found |= {"image_size": 32, "in_channels": in_channels, "out_channels": out_channels, "channel_mult": mult,
               "attention_resolutions": [2**level for level, depth in enumerate(depths) if depth]}  # fmt: skip
     text = params["attention"] == "transformer"
+    heads = params["num_heads"]
+    heads = list(heads) if isinstance(heads, (list, tuple)) else [heads] * len(mult)
+    widths = {int(params["model_channels"] * m) // n for m, n in zip(mult, heads, strict=True)}
     if params["head_channels"]:
         found["num_head_channels"] = params["head_channels"]
-    elif isinstance(params["num_heads"], (list, tuple)) and len(set(params["num_heads"])) > 1:
-        raise UserError(f"CompVis has no UNet with num_heads {list(params['num_heads'])}: one number for all levels, or "
-                        "head_channels")
+    elif len(set(heads)) == 1:
+        found["num_heads"] = heads[0]
+    elif len(widths) == 1:  # as diffusers says it of Stable Diffusion 2 and XL
+        found["num_head_channels"] = widths.pop()
     else:
-        heads = params["num_heads"]
-        found["num_heads"] = heads[0] if isinstance(heads, (list, tuple)) else heads
+        raise UserError(f"CompVis has no UNet with num_heads {heads}: one number for all levels, or head_channels")
     if text:
         depth, inside = len(middle.blocks), {each for each in depths if each}
         found |= {"use_spatial_transformer": True, "context_dim": context_dim, "legacy": False,

@@ -18,7 +18,7 @@ from ldm.conditioners.clip import ClipText
 from ldm.interop import compvis, compvis_schedules, compvis_unet, sgm_writing, text_folders, text_names, unet_names
 from ldm.interop.compvis_beside import STATISTICS, UNBATCHED
 from ldm.interop.compvis_models import FIRST_STAGE
-from ldm.interop.compvis_texts import HEADS
+from ldm.interop.compvis_texts import GENUINE, HEADS, TOKENIZERS
 from ldm.interop.conditions import COND, UNET
 from ldm.interop.folding import folded, originals, scale_factor
 from ldm.interop.foreign import autoencoder_rows
@@ -27,8 +27,6 @@ from ldm.interop.rows import Row, back, existing, inside, pair
 
 ENCODERS, DIFFUSION = "ldm.modules.encoders.modules.", "ldm.models.diffusion.ddpm."
 PARAMETERIZATIONS = {"noise": "eps", "data": "x0", "v": "v"}
-GENUINE = 49408  # words of CLIP's vocabulary; another one goes into a folder beside the checkpoint
-TOKENIZER = "tokenizer"
 
 
 class Stage(NamedTuple):
@@ -119,7 +117,7 @@ def _clip(conditioner: Any, params: Mapping) -> Stage:
         which = {} if last else {"layer": "hidden", "layer_idx": conditioner.layer}
         if which and params["final_norm"]:
             raise UserError(f"FrozenCLIPEmbedder has no layer {conditioner.layer} with the final norm")
-        version = "openai/clip-vit-large-patch14" if params["vocab_size"] == GENUINE else TOKENIZER
+        version = "openai/clip-vit-large-patch14" if params["vocab_size"] == GENUINE else TOKENIZERS[0]
         target, values = "FrozenCLIPEmbedder", {"version": version, "max_length": params["max_length"], **which}
     else:
         arch = next((arch for arch, count in HEADS.items() if count == heads), None)
@@ -272,10 +270,12 @@ def _parameterization(name: Any) -> str:
 
 
 def write_tokenizer(bundle: Bundle, folder: Path) -> None:
-    """A vocabulary of its own, if the text encoder has one, with what no shape tells of the encoder, as a folder beside the
+    """A vocabulary of its own, if a text encoder has one, with what no shape tells of the encoder, as a folder beside the
     checkpoint."""
-    for (_, conditioner), block in parts(bundle.conditioner, bundle.config["model"]["params"].get("conditioner")):
-        if isinstance(conditioner, ClipText) and defaults(block)["vocab_size"] != GENUINE:
-            text_folders.write_tokenizer(conditioner, folder / TOKENIZER)
-            with atomic_write(folder / TOKENIZER / text_folders.CONFIG) as temporary:
-                temporary.write_text(json.dumps(text_folders.config_of(conditioner, defaults(block)), indent=1))
+    own = [(conditioner, defaults(block)) for (_, conditioner), block in
+           parts(bundle.conditioner, bundle.config["model"]["params"].get("conditioner")) if isinstance(conditioner, ClipText)]
+    for name, (conditioner, params) in zip(TOKENIZERS, own, strict=False):
+        if params["vocab_size"] != GENUINE:
+            text_folders.write_tokenizer(conditioner, folder / name)
+            with atomic_write(folder / name / text_folders.CONFIG) as temporary:
+                temporary.write_text(json.dumps(text_folders.config_of(conditioner, params)))

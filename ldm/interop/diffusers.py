@@ -19,7 +19,7 @@ from ldm.interop import names
 from ldm.interop.foreign import about, refuse_others, renamed, settings_for, translated
 
 CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin")
+WEIGHTS = tuple(f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin", "fp16.safetensors", "fp16.bin"))
 KINDS = ("AutoencoderKL", "VQModel")
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # names of attention's parts until 0.17
 BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True,  # -> whether it has attention

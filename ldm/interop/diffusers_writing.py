@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ldm.bundle import Bundle
-from ldm.common.files import UserError
+from ldm.common.files import UserError, atomic_write
 from ldm.conditioners.clip import ClipText
 from ldm.interop import diffusers, diffusers_unet, dit_diffusers, scheduler_configs, text_folders, text_names, unet_names
 from ldm.interop.compvis_writing import parts
@@ -28,6 +28,7 @@ from ldm.networks.unet import UNet
 
 log = logging.getLogger(__name__)
 Piece = tuple[dict, dict[str, Tensor]]  # config.json, weights
+VERSION = "0.35.0"  # of diffusers, whose layout this is: its loader asks an inpainting pipeline how old it is
 
 
 def write(bundle: Bundle, path: Path) -> None:
@@ -94,7 +95,7 @@ def _end(bundle: Bundle, path: Path, index: dict, kind: str, kept: dict[str, Ten
                                        params.get("variance", "fixed"), bundle.sampling)
     _json(path / "scheduler" / "scheduler_config.json", schedule)
     index["scheduler"] = ["diffusers", schedule["_class_name"]]
-    _json(path / INDEX, {"_class_name": kind, **EMPTY.get(kind, {}), **index, **more})
+    _json(path / INDEX, {"_class_name": kind, "_diffusers_version": VERSION, **EMPTY.get(kind, {}), **index, **more})
     if kept:
         _save(path / KEPT, kept)
 
@@ -118,12 +119,17 @@ PIPELINES = {
     ("ClipText",): "StableDiffusionPipeline", ("ClipText", "MaskedImage"): "StableDiffusionInpaintPipeline",
     ("ClipText", "ClipText", "Numbers"): "StableDiffusionXLPipeline",
     ("ClipText", "Numbers"): "StableDiffusionXLImg2ImgPipeline",
+    ("ClipText", "ClipText", "MaskedImage", "Numbers"): "StableDiffusionXLInpaintPipeline",
+    ("ClipText", "Picture"): "StableDiffusionInstructPix2PixPipeline",
+    ("ClipText", "LowResolution"): "StableDiffusionUpscalePipeline",
     ("BertText",): "LDMTextToImagePipeline", ("LowResolution",): "LDMSuperResolutionPipeline",
 }  # fmt: skip
 EMPTY = {  # parts that a pipeline may lack, and says so
-    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"), {
+    **dict.fromkeys(("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "StableDiffusionInstructPix2PixPipeline"), {
         "requires_safety_checker": False, "safety_checker": [None, None], "feature_extractor": [None, None],
         "image_encoder": [None, None]}),
+    "StableDiffusionUpscalePipeline": {"safety_checker": [None, None], "feature_extractor": [None, None],
+                                       "watermarker": [None, None]},
     "StableDiffusionXLImg2ImgPipeline": {"text_encoder": [None, None], "tokenizer": [None, None],
                                          "requires_aesthetics_score": True, "force_zeros_for_empty_prompt": False},
 }  # fmt: skip
@@ -216,11 +222,29 @@ def _masked(part: Any, params: dict, path: Path, index: dict, kind: str) -> None
         raise UserError("Stable Diffusion's inpainting has the mask first, from 0 to 1, and a scaled latent")
 
 
+def _low_resolution(part: Any, params: dict, path: Path, index: dict, kind: str) -> None:
+    """Stable Diffusion's upscaler tells the network how noisy the small picture is; LDM's has no noise."""
+    upscaler = kind == "StableDiffusionUpscalePipeline"
+    if params["resize"] != "none" or params["level"] != ("class" if upscaler else "none") or bool(params["noise"]) != upscaler:
+        raise UserError(f"diffusers' {kind} has a small picture of the latents' size, "
+                        + ("with noise, its level as a class" if upscaler else "without noise"))
+    if upscaler:
+        schedule = scheduler_configs.write(params["noise"], "noise", "fixed", {"sampler": "ddpm", "times": "linspace"})
+        _json(path / "low_res_scheduler" / "scheduler_config.json", schedule)
+        index |= {"low_res_scheduler": ["diffusers", schedule["_class_name"]], "max_noise_level": part.noise.stop}
+
+
+def _picture(part: Any, params: dict, path: Path, index: dict, kind: str) -> None:
+    if params["latent"] != "raw" or params["key"] != "image":
+        raise UserError("InstructPix2Pix has a picture's raw latent beside x_t: Picture with key: image, latent: raw")
+
+
 def _nothing(part: Any, params: dict, path: Path, index: dict, kind: str) -> None:
     """A condition that is no part of the folder."""
 
 
-CONDITIONS = {"ClipText": _clip, "BertText": _bert, "MaskedImage": _masked, "Numbers": _nothing, "LowResolution": _nothing}
+CONDITIONS = {"ClipText": _clip, "BertText": _bert, "MaskedImage": _masked, "Numbers": _nothing, "Picture": _picture,
+              "LowResolution": _low_resolution}
 
 
 def _part(folder: Path, config: dict, weights: Mapping[str, Tensor], stem: str) -> None:
@@ -236,4 +260,6 @@ def _json(file: Path, value: dict) -> None:
 def _save(file: Path, weights: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}, file, {"format": "pt"})
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, {"format": "pt"})

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ldm.bundle import Bundle
-from ldm.common.build import TRUSTED, build
+from ldm.common.build import TRUSTED, build, near
 from ldm.common.files import UserError
-from ldm.common.weights import compare
 from ldm.denoiser import linear_map
+from ldm.interop.rows import SAME, Change, Row, back, check, inside, pair, to_us
 from ldm.networks.dit import DiT, position_angles, sincos
 
 log = logging.getLogger(__name__)
@@ -31,13 +31,21 @@ CONFIG = "args.json"  # what may lie beside a file: the arguments of their netwo
 NETWORK, LABEL = "denoiser.network.", "conditioner.embedding.weight"
 TARGETS = {"network": "ldm.networks.dit.DiT", "conditioner": "ldm.conditioners.label.ClassLabel"}
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of S, B, L, XL, by width; others: heads of 64
-OUTER = {"x_embedder.proj": ["patches"], "t_embedder.mlp.0": ["embedders.0.time.0"], "t_embedder.mlp.2": ["embedders.0.time.2"],
-         "final_layer.adaLN_modulation.1": ["modulation_out"], "final_layer.linear": ["out"]}  # fmt: skip
-INNER = {"attn.qkv": ["attention.to_q", "attention.to_k", "attention.to_v"], "attn.proj": ["attention.out.0"],
-         "mlp.fc1": ["mlp.0"], "mlp.fc2": ["mlp.3"], "adaLN_modulation.1": ["modulation"]}  # fmt: skip
+LABELS, POSITIONS, LAST = "y_embedder.embedding_table.weight", "pos_embed", "final_layer.linear"
+OUTER = {"x_embedder.proj": "patches", "t_embedder.mlp.0": "embedders.0.time.0", "t_embedder.mlp.2": "embedders.0.time.2",
+         "final_layer.adaLN_modulation.1": "modulation_out"}  # fmt: skip
+INNER = {"attn.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"), "attn.proj": ("attention.out.0",),
+         "mlp.fc1": ("mlp.0",), "mlp.fc2": ("mlp.3",), "adaLN_modulation.1": ("modulation",)}  # fmt: skip
+MEANT = ("hidden_size", "in_channels", "patch_size", "input_size", "depth", "mlp_ratio", "num_classes", "learn_sigma",
+         "num_heads", "class_dropout_prob", "model", "path_type", "prediction", "autoencoder")
+IGNORED = {  # arguments of their scripts that change no model
+    "data_path", "feature_path", "results_dir", "image_size", "epochs", "global_batch_size", "global_seed", "seed", "vae",
+    "num_workers", "log_every", "ckpt_every", "sample_every", "ckpt", "cfg_scale", "num_sampling_steps", "wandb", "tf32",
+    "loss_weight", "sample_eps", "train_eps", "sample_dir", "per_proc_batch_size", "num_fid_samples", "likelihood", "mode",
+}  # fmt: skip
 GUIDED = {"scale": 4.0, "channels": 3}  # both guide three channels of the latents' four
 
-Table = Mapping[str, list[str]]  # their name -> ours, whose rows it has one after the other
+NEGATED = Change(torch.neg, torch.neg)
 
 
 class Kind(NamedTuple):
@@ -62,7 +70,7 @@ KINDS = {  # model, path_type and prediction of SiT
 
 def holds(keys: Iterable[str]) -> bool:
     """Whether these names are those of such a network."""
-    return any(re.match(r"((model|ema)\.)?blocks\.\d+\.adaLN_modulation\.1\.", key) for key in keys)
+    return any(re.match(r"((model|ema|module|_orig_mod)\.)*blocks\.\d+\.adaLN_modulation\.1\.", key) for key in keys)
 
 
 def flat(saved: Mapping) -> Mapping:
@@ -74,22 +82,13 @@ def flat(saved: Mapping) -> Mapping:
     return {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
 
 
-def table(depth: int) -> Table:
-    layers = OUTER | {f"blocks.{block}.{theirs}": [f"blocks.{block}.{name}" for name in ours]
+def table(depth: int, sign: int = 1) -> list[Row]:
+    """``sign``: of the last layer in the file."""
+    layers = OUTER | {f"blocks.{block}.{theirs}": tuple(f"blocks.{block}.{name}" for name in ours)
                       for block in range(depth) for theirs, ours in INNER.items()}  # fmt: skip
-    found = {f"{theirs}.{part}": [f"{NETWORK}{name}.{part}" for name in ours]
-             for theirs, ours in layers.items() for part in ("weight", "bias")}  # fmt: skip
-    return found | {"y_embedder.embedding_table.weight": [LABEL]}
-
-
-def inward(tensors: Mapping[str, Tensor], names: Table) -> dict[str, Tensor]:
-    return {name: part for theirs, ours in names.items()
-            for name, part in zip(ours, tensors[theirs].chunk(len(ours)), strict=True)}  # fmt: skip
-
-
-def outward(weights: Mapping[str, Tensor], names: Table) -> dict[str, Tensor]:
-    return {theirs: weights[ours[0]] if len(ours) == 1 else torch.cat([weights[name] for name in ours])
-            for theirs, ours in names.items()}  # fmt: skip
+    found = [row for theirs, ours in layers.items() for row in pair(ours, theirs)]
+    change = SAME if sign > 0 else NEGATED
+    return [*inside([*found, *pair("out", LAST, weight=change, bias=change)], NETWORK), Row((LABEL,), (LABELS,))]
 
 
 def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> tuple[dict, dict[str, Tensor]]:
@@ -103,6 +102,8 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
         UserError: where names or shapes do not fit.
     """
     config = dict(config or {})
+    if unknown := [name for name in config if name not in MEANT and name not in IGNORED]:
+        raise UserError(f"{origin}: {unknown[0]}: no argument of DiT's or SiT's{near(unknown[0], MEANT)}")
     sets = {name: {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
             for name in ("model.", "ema.")}  # fmt: skip
     raw = sets["model."] or sets["ema."] or dict(tensors)
@@ -189,21 +190,22 @@ def about(network: Mapping, sizes: Mapping, kind: Kind, config: Mapping, origin:
 
 def _weights(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], sizes: Mapping, sign: int,
              origin: str) -> dict[str, Tensor]:
-    rows, positions = table(sizes["depth"]), _positions(sizes["input_size"] // sizes["patch_size"], sizes["hidden_size"])
-    problems = compare(outward(expected, rows) | {"pos_embed": positions}, tensors)
-    if problems:
-        raise UserError(f"{origin}: its weights are not those of the DiT described: {problems}")
-    if not torch.allclose(tensors["pos_embed"].float(), positions, atol=1e-3):
-        raise UserError(f"{origin}: pos_embed is not the fixed table of sines and cosines; learned positions are not read")
-    return inward(_signed(tensors, sign), rows)
+    rows = table(sizes["depth"], sign)
+    found = to_us(rows, tensors)
+    check(rows, tensors, without_autoencoder(expected), found, origin, lambda name: name == POSITIONS)
+    positions, given = positions_of(sizes), tensors[POSITIONS]
+    if given.shape != positions.shape or not torch.allclose(given.float(), positions, atol=1e-3):
+        raise UserError(f"{origin}: {POSITIONS} is not the fixed table of sines and cosines; learned positions are not read")
+    return found
 
 
-def _positions(side: int, width: int) -> Tensor:  # (1,N,D)
-    return sincos(position_angles(side, side, width)).float()[None]
+def without_autoencoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not name.startswith("autoencoder.")}
 
 
-def _signed(tensors: Mapping[str, Tensor], sign: int) -> dict[str, Tensor]:
-    return {key: -value if sign < 0 and key.startswith("final_layer.linear.") else value for key, value in tensors.items()}
+def positions_of(sizes: Mapping) -> Tensor:  # (1,N,D)
+    side = sizes["input_size"] // sizes["patch_size"]
+    return sincos(position_angles(side, side, sizes["hidden_size"])).float()[None]
 
 
 def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
@@ -217,12 +219,10 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
     if not found:
         said = f"{type(bundle.denoiser.process).__name__}, {bundle.denoiser.parameterization}, told {list(params['told'])}"
         raise UserError(f"the layout of DiT has no model of {said}; it has {', '.join(map(_words, KINDS))}")
-    positions = _positions(sizes["input_size"] // sizes["patch_size"], sizes["hidden_size"])
     weights = {name: value.detach().cpu().contiguous() for name, value in bundle.state_dict().items()}
-    tensors = {"pos_embed": positions} | outward(weights, table(sizes["depth"]))
+    tensors = {POSITIONS: positions_of(sizes)} | back(table(sizes["depth"], KINDS[found[0]].sign), weights)
     model, path, says = found[0]
-    more = {"path_type": path, "prediction": says} if path else {}
-    return _signed(tensors, KINDS[found[0]].sign), {"model": model, **sizes, **more}
+    return tensors, {"model": model, **sizes, **({"path_type": path, "prediction": says} if path else {})}
 
 
 def _speaks(bundle: Bundle, kind: Kind) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ldm.bundle import Bundle
 from ldm.common.files import UserError
-from ldm.common.weights import compare
-from ldm.interop.dit import KINDS, LABEL, NETWORK, TARGETS, Table, about, inward, outward, settings
+from ldm.interop.dit import KINDS, LABEL, NETWORK, TARGETS, about, settings, without_autoencoder
+from ldm.interop.rows import Change, Row, back, check, inside, pair, to_us
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,27 @@ def holds(keys: Iterable[str]) -> bool:
     return any(re.match(r"transformer_blocks\.\d+\.norm1\.emb\.class_embedder\.", key) for key in keys)
 
 
-def table(depth: int, own: bool) -> Table:
-    """Their name -> ours, for all but the classes."""
-    layers = {theirs: name for name, theirs in OUTER.items()}
+def table(depth: int, own: bool) -> list[Row]:
+    """``own``: every block has embedders of its own; else those of the first are all that there is."""
+    rows = [row for name, theirs in OUTER.items() for row in pair(name, theirs)]
     for block in range(depth):
-        layers |= {f"transformer_blocks.{block}.{theirs}": f"blocks.{block}.{name}" for name, theirs in INNER.items()}
-        layers |= {f"transformer_blocks.{block}.{theirs}": f"embedders.{block if own else 0}.{name}"
-                   for name, theirs in TIME.items()}  # fmt: skip
-    return {f"{theirs}.{part}": [f"{NETWORK}{name}.{part}"] for theirs, name in layers.items() for part in ("weight", "bias")}
+        place = f"transformer_blocks.{block}."
+        rows += [row for name, theirs in INNER.items() for row in pair(f"blocks.{block}.{name}", place + theirs)]
+        if own or block == 0:
+            rows += [row for name, theirs in TIME.items() for row in pair(f"embedders.{block}.{name}", place + theirs)]
+    count = depth if own else 1
+    classes = Row((LABEL,), tuple(CLASS.format(block) for block in range(count)), side_by_side(count))
+    return [*inside(rows, NETWORK), classes]
+
+
+def side_by_side(count: int) -> Change:
+    """So many tables one below the other there, one beside the other here."""
+    return Change(lambda w: torch.cat(w.chunk(count), dim=1), lambda w: torch.cat(w.chunk(count, dim=1)))
+
+
+def first_of(name: str) -> str:
+    """Of a tensor of a block's embedders, that of the first block."""
+    return re.sub(r"^transformer_blocks\.\d+(\.norm1\.emb\.)", r"transformer_blocks.0\1", name)
 
 
 def sizes_of(config: Mapping, origin: str = CONFIG) -> dict[str, Any]:
@@ -112,19 +125,13 @@ def read(tensors: Mapping[str, Tensor], config: Mapping | None, origin: str) -> 
 def weights_of(tensors: Mapping[str, Tensor], config: Mapping, origin: str) -> dict[str, Tensor]:
     """Network and classes alone: "denoiser.network.*" and "conditioner.embedding.weight"."""
     sizes = sizes_of(config, origin)
-    depth, own = sizes["depth"], has_own(tensors, sizes["depth"])
+    own = has_own(tensors, sizes["depth"])
     said, _ = about(block_of(config, origin, own), sizes, KINDS["DiT", "", ""], {}, origin)
-    given = {key: value for key, value in tensors.items() if key != "pos_embed.pos_embed"}  # computed here
-    expected = _theirs(Bundle.from_config(said["config"]).state_dict(), depth, own)
-    if problems := compare(expected, given):
-        raise UserError(f"{origin}: its weights are not those of the {NAMES[0]} described: {problems}")
-    classes = [given[CLASS.format(block)] for block in range(depth)]
-    return inward(given, table(depth, own)) | {LABEL: torch.cat(classes, dim=1) if own else classes[0]}
-
-
-def _theirs(weights: Mapping[str, Tensor], depth: int, own: bool) -> dict[str, Tensor]:
-    classes = weights[LABEL].chunk(depth, dim=1) if own else [weights[LABEL]] * depth
-    return outward(weights, table(depth, own)) | {CLASS.format(block): part for block, part in enumerate(classes)}
+    given = {name: value for name, value in tensors.items() if own or first_of(name) == name}
+    rows, expected = table(sizes["depth"], own), without_autoencoder(Bundle.from_config(said["config"]).state_dict())
+    found = to_us(rows, given)
+    check(rows, given, expected, found, origin, lambda name: name == "pos_embed.pos_embed")  # computed here
+    return found
 
 
 def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
@@ -148,5 +155,6 @@ def write(bundle: Bundle) -> tuple[dict[str, Tensor], dict]:
         "dropout": params["dropout"], "sample_size": sizes["input_size"], "patch_size": sizes["patch_size"],
         "num_embeds_ada_norm": sizes["num_classes"], "norm_eps": params["mlp_eps"]}  # fmt: skip
     weights = {name: value.detach().cpu() for name, value in bundle.state_dict().items()}
-    theirs = _theirs(weights, sizes["depth"], params["embedders"] == "own")
-    return {name: value.contiguous().clone() for name, value in theirs.items()}, config
+    every = [name for row in table(sizes["depth"], own=True) for name in row.theirs]
+    found = back(table(sizes["depth"], params["embedders"] == "own"), weights)
+    return {name: found.get(name, found[first_of(name)]).contiguous().clone() for name in every}, config

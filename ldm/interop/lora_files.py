@@ -32,6 +32,7 @@ OLD = {"to_out": "to_out.0"}
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 NOT_READ = {"lora_magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_": "LoHa", "lokr_": "LoKr",
             "lora_mid": "CP-decomposed", ".bias": "biased"}  # fmt: skip
+NAMED = ("dora_", "hada_", "lokr_")  # of changes that have no "lora" in their names
 
 Layer = tuple[str | None, str]  # part (None: not said), name of a layer in it
 
@@ -40,6 +41,9 @@ def read(path: str | Path) -> dict[Layer, Change]:
     """The changes in a file, or in a folder that holds one. UserError for all that is none, or of a kind that is not read."""
     file = find(Path(path).expanduser())
     tensors, about = contents(file)
+    if not any("lora" in key or mark in key for key in tensors for mark in NAMED):
+        raise UserError(f"{file}: no LoRA: none of its {len(tensors)} tensors ({some(list(tensors))}) is a change of a layer; "
+                        "a whole model is given as --ckpt")
     for mark, kind in NOT_READ.items():
         if any(mark in key for key in tensors):
             name = next(key for key in tensors if mark in key)

@@ -61,7 +61,7 @@ CLASSES: dict[str, dict[str, Any]] = {  # without "Scheduler" -> its settings an
     "FlowMatchLCM": {**DYNAMIC, "scale_factors": None, "upscale_mode": "bicubic"},
 }  # fmt: skip
 WITHOUT_EFFECT = {"noise_sampler_seed", "upscale_mode", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len",
-                  "use_clipped_model_output", "skip_type"}  # fmt: skip
+                  "use_clipped_model_output", "skip_type", "tensor_format", "timestep_values"}  # fmt: skip
 KNOWN = {name for settings in CLASSES.values() for name in settings} | WITHOUT_EFFECT  # a class ignores those of others
 ONLY = {  # settings that have no counterpart here but for these values
     "interpolation_type": ("linear",), "invert_sigmas": (False,), "scale_factors": (None, []), "solver_p": (None,),
@@ -115,6 +115,9 @@ def settings(config: Mapping, origin: str, steps: int, mu: float | None) -> Sett
     if kind not in CLASSES:
         hint = near(name, [f"{each}Scheduler" for each in CLASSES])
         raise UserError(f"{origin}: _class_name: {name} is not read{hint}; read are {', '.join(CLASSES)}")
+    if "predict_epsilon" in config:  # until 0.9
+        old = {"prediction_type": "epsilon" if config["predict_epsilon"] else "sample"}
+        config = {key: value for key, value in (old | dict(config)).items() if key != "predict_epsilon"}
     unknown = [key for key in config if key not in KNOWN and not key.startswith("_")]
     if unknown:
         raise UserError(f"{origin}: {name} has no setting {unknown[0]!r}{near(unknown[0], CLASSES[kind])}")

@@ -11,7 +11,7 @@ from ldm.bundle import Bundle
 from ldm.common.files import UserError
 from ldm.conditioners.clip import ClipText
 from ldm.interop import compvis_schedules, compvis_unet, text_names, unet_names
-from ldm.interop.compvis_texts import HEADS
+from ldm.interop.compvis_texts import GENUINE, HEADS, TOKENIZERS
 from ldm.interop.conditions import UNET
 from ldm.interop.names import defaults
 from ldm.interop.rows import Row, back, existing, inside
@@ -74,6 +74,7 @@ def _text(conditioner: ClipText, params: Mapping[str, Any], prefix: str) -> tupl
         last = conditioner.layer == layers and params["final_norm"]
         values = {"layer": "last"} if last else {"layer": "hidden", "layer_idx": conditioner.layer}
         values |= {"always_return_pooled": True} if params["pooled"] else {}
+        values |= {"version": TOKENIZERS[0]} if params["vocab_size"] != GENUINE else {}
         if not last and params["final_norm"]:
             raise UserError(f"FrozenCLIPEmbedder has no layer {conditioner.layer} with the final norm")
         at = f"{prefix}transformer."

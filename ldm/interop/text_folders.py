@@ -25,7 +25,7 @@ from ldm.interop import component, text_names
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
+CONFIG = "config.json"
 SIZES = {  # of config.json -> ours
     "vocab_size": "vocab_size", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
     "intermediate_size": "mlp", "max_position_embeddings": "max_length", "hidden_act": "activation",
@@ -57,7 +57,7 @@ def read(folder: Path, tokenizer: str | None, later: bool = False, **params: Any
         UserError: for an encoder of another kind, and names or shapes that do not fit.
     """
     said = settings(component.read_json(folder / CONFIG), str(folder / CONFIG))
-    weights = _weights(folder)
+    weights = component.read_weights(folder)
     if later and tokenizer is not None and (ids := ids_in(Path(tokenizer))):
         found = text_names.infer(weights, "", str(folder), **{**said, **ids, "vocabulary": tokenizer, **params})
         return found.block, text_names.read(found, weights, str(folder))
@@ -141,10 +141,3 @@ def write_tokenizer(conditioner: ClipText, folder: Path) -> None:
     for name, text in texts.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"{folder}: lacks {' or '.join(WEIGHTS)}")
-    return component.tensors_in(file)

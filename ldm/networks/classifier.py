@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.common.limits import limits
 from ldm.cond import Cond
 from ldm.networks.layers import group_norm, timestep_embedding, zero
-from ldm.networks.unet import Plan, perceptron, run
+from ldm.networks.unet import POSITIVE, Plan, perceptron, run
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 HIDDEN = 2048  # of the perceptron over spatial means
@@ -52,6 +53,7 @@ class Classifier(nn.Module):
     """
 
     given = ("in_channels", "size")
+    check_params = staticmethod(limits(**POSITIVE, classes=1, time_channels=1))
 
     def __init__(self, in_channels: int, classes: int, size: int | None = None, pool: Pool = "attention",
                  model_channels: int = 128, channel_mult: list[int | float] = (1, 2, 3, 4),

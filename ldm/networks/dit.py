@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.common.limits import limits
 from ldm.cond import Cond
 from ldm.networks.layers import Attention, timestep_embedding, zero
 
@@ -117,6 +118,7 @@ class DiT(nn.Module):
     """
 
     given = ("in_channels", "out_channels", "context_dim", "vector_dim")
+    check_params = staticmethod(limits(width=1, depth=1, heads=1, patch_size=1, mlp_ratio=0.01, base_size=1, dropout=(0, 1)))
 
     def __init__(self, in_channels: int, out_channels: int, context_dim: int | None = None, vector_dim: int | None = None,
                  width: int = 1152, depth: int = 28, heads: int = 16, patch_size: int = 2, mlp_ratio: float = 4.0,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ldm.common.limits import limits
 from ldm.cond import Cond
 from ldm.networks.layers import (
     CONV,
@@ -28,6 +29,9 @@ from ldm.networks.layers import (
     timestep_embedding,
     zero,
 )
+
+POSITIVE = dict(model_channels=1, channel_mult=0.01, num_res_blocks=1, transformer_depth=0, middle_depth=0, num_heads=1,
+                head_channels=1, up_heads=1, groups=1, ff_mult=1, dropout=(0, 1))  # fmt: skip  # see ``ldm.common.limits``
 
 
 class Stage(nn.Module):
@@ -118,6 +122,9 @@ class Plan:
         depth, channels = self.transformer_depth[level] if depth is None else depth, self.widths[level]
         if depth == 0 or (self.attention_blocks is not None and block >= self.attention_blocks[level]):
             return None
+        if self.head_channels and channels % self.head_channels:
+            raise ValueError(f"head_channels {self.head_channels}: a level of {channels} channels does not divide into heads "
+                             "of so many")
         heads = channels // self.head_channels if self.head_channels else self.of("num_heads", level)
         heads = self.up_heads if up and self.up_heads and not self.head_channels else heads
         if heads == 0 or channels % heads:
@@ -191,6 +198,7 @@ class UNet(nn.Module):
     """
 
     given = ("in_channels", "out_channels", "context_dim", "vector_dim")
+    check_params = staticmethod(limits(**POSITIVE, patch_size=1))
 
     def __init__(self, in_channels: int, out_channels: int, context_dim: int | None = None,
                  vector_dim: int | None = None, model_channels: int = 320, channel_mult: list[int | float] = (1, 2, 4, 4),

@@ -9,6 +9,7 @@ from drawn import fails, levels, picture, run, same
 from PIL import Image
 from random_models import random_model
 
+from ldm import tasks
 from ldm.app import png
 from ldm.load import load
 
@@ -206,6 +207,8 @@ def test_interpolate_between_classes_and_pictures(model, tmp_path):
     pair = ["--class", 1, 4, "--shares", 0, 0.5, 1]
     found = run("interpolate", ckpt, tmp_path / "k", *pair)
     assert same(found[::2], [run("generate", ckpt, tmp_path / f"k{c}", "--class", c)[0] for c in (1, 4)])
+    circle = run("interpolate", ckpt, tmp_path / "s", *pair, "--way", "slerp")
+    assert same(circle[::2], found[::2]) and not same(circle[1:2], found[1:2])
     found = run("interpolate", ckpt, tmp_path / "p", *pair, "--image", tmp_path / "a.png", tmp_path / "b.png", "--strength", 0.5)
     ends = [run("img2img", ckpt, tmp_path / f"p{c}", "--class", c, "--image", tmp_path / f"{n}.png", "--strength", 0.5)[0] for c, n in ((1, "a"), (4, "b"))]
     assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(found[::2], ends, strict=True))
@@ -239,3 +242,36 @@ def test_a_classifier_guides(model, bundle, tmp_path, capsys):
     (tmp_path / "classifier.ckpt").unlink()
     told = fails(capsys, "generate", "--ckpt", ckpt, "--outdir", tmp_path / "c", "--from-image", tmp_path / "a" / "00000.png")
     assert "classifier.ckpt" in told and "is not there; give it with --classifier" in told
+
+
+def test_several_conditions_at_once(bundle, model, tmp_path, capsys):
+    """The same prompt again with weight w is guidance times 1 + w; one of weight 0 is none."""
+    bundle.save(tmp_path / "text.ckpt")
+    base = ["--prompt", "a red star", "--steps", 3, "--n-samples", 2]
+    found = run("txt2img", tmp_path / "text.ckpt", tmp_path / "a", *base, "--scale", 2, "--also", "a red star:0.5", "a blue circle:0")
+    plain = run("txt2img", tmp_path / "text.ckpt", tmp_path / "b", *base, "--scale", 3)
+    assert max(abs(a.astype(int) - b).max() for a, b in zip(found, plain, strict=True)) <= 1
+    other = run("txt2img", tmp_path / "text.ckpt", tmp_path / "c", *base, "--scale", 2, "--also", "a blue circle")
+    made = bundle.generate(["a red star"] * 2, steps=3, guidance=2.0, batch_size=1, also=[("a blue circle", 1.0)])
+    assert same(other, levels(made)) and abs(other[0].astype(int) - plain[0]).max() > 3
+    away = bundle.generate(["a red star"], steps=3, guidance=2.0, also=[("a red star", -1.0)])
+    torch.testing.assert_close(away, bundle.generate(["a red star"], steps=3, guidance=0.0), atol=1e-4, rtol=0)
+    assert png.read(tmp_path / "c" / "00000.png")["also"] == ["a blue circle"]
+    assert same(again("txt2img", tmp_path / "text.ckpt", tmp_path / "c", 1), other[1:])
+    labels = model(LABEL)
+    mixed = run("generate", labels, tmp_path / "d", "--class", 3, "--also", "1:0.5", "--steps", 2)
+    made = load(labels).generate({"class": [3]}, steps=2, also=[({"class": 1}, 0.5)])
+    assert same(mixed, levels(made))
+    base = ["generate", "--ckpt", labels, "--outdir", tmp_path / "e", "--class", 3, "--also"]
+    assert "--also red: this model reads classes; expected a whole number" in fails(capsys, *base, "red")
+    told = fails(capsys, "generate", "--ckpt", model(None), "--outdir", tmp_path / "e", "--also", "red")
+    assert "--also: this model reads neither prompts nor classes" in told and not (tmp_path / "e").exists()
+
+
+def test_a_further_condition_on_the_way_between_two(bundle, tmp_path):
+    """Its text is that of both ends: at 0 and 1 these are the pictures that are drawn with it."""
+    more = {"steps": 2, "seed": 4, "also": [("a blue circle", 0.5)]}
+    found = tasks.interpolate(bundle, "a red star", "a green star", [0, 1], seeds=(4, 4),
+                              **{key: value for key, value in more.items() if key != "seed"})
+    for picture_, prompt in zip(found, ("a red star", "a green star"), strict=True):
+        torch.testing.assert_close(picture_[None], bundle.generate([prompt], **more), atol=1e-4, rtol=0)

@@ -45,7 +45,8 @@ def test_a_picture_draws_itself_again(ckpt, bundle, source, tmp_path, caplog):
     first = run("img2img", ckpt, tmp_path / "a", "--image", source, "--prompt", "red", "blue star", "--seed", 7, *more)
     made = tasks.img2img(bundle, tensor(source), ["red", "red", "blue star", "blue star"], strength=0.45, sampler="ddpm", guidance=3.0,
                          seed=7, negative_prompt="green", batch_size=1)
-    assert same(first, levels(made))
+    for drawn, expected in zip(first, levels(made), strict=True):  # sums of another batch are rounded in another order
+        assert np.abs(drawn.astype(int) - expected).max() <= 1 and (drawn != expected).mean() < 0.01
     about = png.read(tmp_path / "a" / "00002.png")
     assert about["task"] == "img2img" and about["prompt"] == "blue star" and about["seed"] == 9 and about["strength"] == 0.45
     assert about["inputs"] == {"image": {"path": str(source), "sha256": file_sha256(source)}} and about["size"] == [32, 40]

@@ -61,7 +61,7 @@ def test_metadata_of_another_kind(picture, tmp_path, text):
     info = PngInfo()
     info.add_text("ldm", text)
     picture.save(tmp_path / "a.png", pnginfo=info)
-    with pytest.raises(UserError, match="a.png: its metadata .* is no JSON"):
+    with pytest.raises(UserError, match="a.png: its metadata .* JSON"):
         png.read(tmp_path / "a.png")
 
 

@@ -38,7 +38,7 @@ def config(**changes):
         "name": "toy",
         "model": {"target": "toybox.parts.Diffusing", "params": {"width": 4}},
         "data": {"train": {"target": "toybox.parts.anything", "params": {"width": 8}}},
-        "autoencoder": {"target": "toybox.parts.Autoencoding"},
+        "autoencoder": {"target": "toybox.parts.Coder"},
         "loader": {"batch_size": 2},
         "trainer": {"max_steps": 10, "accelerator": "cpu", "precision": "bf16-mixed", "gradient_clip_val": 1},
     }

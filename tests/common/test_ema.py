@@ -105,3 +105,8 @@ def test_state_travels(net):
 def test_decay_has_bounds(net, decay):
     with pytest.raises(ValueError, match=rf"EMA decay is {decay}; it must be in \[0, 1\)"):
         Ema(net, decay)
+
+
+def test_an_average_stays_in_eval_mode_inside_of_what_is_trained(net):
+    whole = nn.ModuleDict({"net": net, "ema": Ema(net, 0.9)}).train()
+    assert net.training and not any(part.training for part in whole["ema"].modules())

@@ -174,3 +174,18 @@ def test_nearest():
 
 def test_user_errors_are_value_errors():
     assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_whoever_may_read_new_files_may_read_these(tmp_path, umask):
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").touch()
+        with atomic_write(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": torch.ones(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

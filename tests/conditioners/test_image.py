@@ -121,3 +121,18 @@ def test_what_does_not_go_together_is_told(tmp_path):
         ImageEmbedding("./nowhere")
     with pytest.raises(UserError, match="lacks config.json"):
         ImageEmbedding(str(tmp_path))
+
+
+def test_a_random_encoder_is_always_the_same_and_tells_pictures_apart():
+    x = torch.linspace(-1, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+    torch.manual_seed(5)
+    first, state = FrozenVision("random"), torch.get_rng_state()
+    found = first(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = FrozenVision("random")
+    assert torch.equal(again(x)[0], found[0]) and again.hash == first.hash
+    facts = KNOWN["random"]
+    assert found[0].shape == (2, facts.width) and found[1].shape == (2, facts.length, facts.hidden)
+    assert sum(p.numel() for p in first.model.parameters()) == facts.parameters and (found[0][0] - found[0][1]).abs().max() > 0.01
+    first.prepare()  # nothing to find

@@ -242,7 +242,7 @@ def test_image_that_breaks_during_training_is_replaced(tmp_path, caplog):
     assert "fox 002.png cannot be read (not an image" in caplog.text
     for i in range(6):
         (tmp_path / f"fox {i:03d}.png").unlink(missing_ok=True)
-    with pytest.raises(OSError, match="10 images in a row"):
+    with pytest.raises(UserError, match="10 images in a row"):
         data[0]
 
 

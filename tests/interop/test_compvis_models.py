@@ -251,6 +251,39 @@ def test_half_precision_becomes_single_on_a_cpu():
     assert {p.dtype for p in kept.autoencoder.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda state: state, lambda state: {"state_dict": state, "global_step": 7, "epoch": 1, "optimizer_states": [{"state": {}}]},
+    lambda state: {**state, "global_step": torch.tensor(7), "epoch": torch.tensor(1)},
+    lambda state: {f"module.{name}": value for name, value in state.items()},
+    lambda state: {name.replace("model.", "model._orig_mod.", 1) if name.startswith("model.") else name: value for name, value in state.items()},
+    lambda state: {name: value.double() if value.is_floating_point() else value for name, value in state.items()},
+    lambda state: state | {"first_stage_model.loss.discriminator.main.0.weight": torch.zeros(3), "first_stage_model.loss.logvar": torch.zeros(()),
+                           "logvar": torch.zeros(1000), "first_stage_model.model_ema.decay": torch.zeros(())},
+    lambda state: {name: value for name, value in state.items() if "." in name},
+], ids=["flat", "nested", "steps among the weights", "distributed", "compiled", "double", "left by training", "without tables"])  # fmt: skip
+def test_a_checkpoint_as_it_may_come(tmp_path, wrap):
+    tensors, config = case("class_cond")
+    torch.save(wrap(tensors), tmp_path / "model.ckpt")
+    expected = ldm.load(PARITY / "class_cond" / "model.safetensors", PARITY / "class_cond" / "config.yaml").state_dict()
+    found = ldm.load(tmp_path / "model.ckpt", config).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_a_yaml_says_of_training_changes_nothing():
+    tensors, config = case("class_cond")
+    more = copy.deepcopy(config)
+    more["model"]["params"] |= {
+        "monitor": "val/loss", "log_every_t": 200, "ckpt_path": "x.ckpt", "ignore_keys": [], "load_only_unet": False, "v_posterior": 0.0,
+        "scheduler_config": {"target": "ldm.lr_scheduler.LambdaLinearScheduler", "params": {}}, "original_elbo_weight": 0.0,
+        "l_simple_weight": 1.0, "learn_logvar": False, "num_timesteps_cond": 1, "unet_trainable": True, "finetune_keys": None,
+    }  # fmt: skip
+    more |= {"data": {"target": "main.DataModuleFromConfig"}, "lightning": {"trainer": {"benchmark": True}}}
+    more["model"]["params"]["unet_config"]["params"] |= {"use_fp16": False, "image_size": 99, "num_attention_blocks": None}
+    (about, found), (expected, weights) = (compvis_models.read(tensors, each, "x/model.ckpt") for each in (more, config))
+    assert about["config"]["model"] == expected["config"]["model"]
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
 # What cannot be written.
 
 

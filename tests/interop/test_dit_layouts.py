@@ -37,7 +37,7 @@ def state_dict(**changes):
     shapes = {f"{name}.weight": shape for name, shape in layers.items()} | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
     shapes["y_embedder.embedding_table.weight"] = (sizes["num_classes"] + 1, d)
     found = {name: 0.2 * torch.randn(*shape, generator=source) for name, shape in shapes.items()}
-    return found | {"pos_embed": dit._positions(sizes["input_size"] // p, d)}
+    return found | {"pos_embed": dit.positions_of(sizes)}
 
 
 def saved(path, content):
@@ -102,6 +102,17 @@ def test_a_checkpoint_of_their_training(tmp_path, kind):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda weights: {"model": {f"module.{name}": value for name, value in weights.items()}},
+    lambda weights: {"model": {f"_orig_mod.{name}": value for name, value in weights.items()}, "opt": {}},
+    lambda weights: {"ema": weights}, lambda weights: {"state_dict": weights}, lambda weights: {f"module.{name}": value for name, value in weights.items()},
+], ids=["distributed", "compiled", "averages alone", "state_dict", "distributed, flat"])  # fmt: skip
+def test_a_file_as_it_may_come(tmp_path, wrap):
+    weights, config = state_dict(), {"num_heads": 3, "image_size": 256, "vae": "ema", "model": "DiT-XL/2"}
+    found, _ = dit.write(ldm.load(saved(tmp_path / "x.pt", wrap(weights)), config))
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
 def test_with_an_autoencoder(tmp_path):
     block = {"target": "autoencoder.model.convolutional", "params": {"width": 8, "mult": [1, 1], "blocks": 1, "attention": False,
              "groups": 4, "bottleneck": {"target": "autoencoder.bottlenecks.KL", "params": {"channels": 4}}}}  # fmt: skip
@@ -118,9 +129,13 @@ def test_what_does_not_fit(tmp_path):
 
     weights = state_dict()
     refused(load({name: value for name, value in weights.items() if "blocks.1.mlp" not in name}),
-            "not those of the DiT described", "(missing blocks.1.mlp.fc1.weight")  # fmt: skip
-    refused(load(weights | {"stray": torch.zeros(1)}), "1 that it has no place for (stray)")
+            "not those of the model that is described", "missing blocks 4 of 20 (blocks.1.mlp.fc1.weight")  # fmt: skip
+    refused(load(weights | {"stray": torch.zeros(1)}), "unknown stray 1 of 1 (stray)")
+    refused(load(weights | {"x_embedder.proj.bias": torch.zeros(5)}), "1 of other shapes (x_embedder.proj.bias makes 5, not 24)")
+    refused(load({name: value for name, value in weights.items() if name != "pos_embed"}), "sizes cannot be told", "pos_embed")
+    refused(load(weights | {"pos_embed": torch.zeros(1, 15, 24)}), "pos_embed is not the fixed table")
     refused(load(weights | {"pos_embed": torch.randn(1, 16, 24)}), "learned positions are not read")
+    refused(load(weights, num_head=3), "num_head: no argument of DiT's or SiT's; nearest: 'num_heads'")
     refused(load(weights, hidden_size=48), "its config says hidden_size: 48, its weights 24")
     refused(load(weights, model="UViT-S/2"), "model, path_type, prediction: UVi; read are DiT, SiT Linear velocity")
     refused(load(weights, path_type="Linear", prediction="score"), "SiT Linear score; read are")
@@ -248,6 +263,6 @@ def test_old_names_and_what_is_refused(tmp_path):
     refused(lambda: load(_class_name="UNet2DModel"), "_class_name: UNet2DModel; expected DiTTransformer2DModel")
     refused(lambda: load(activation_fn="geglu"), "activation_fn: 'geglu'; read is 'gelu-approximate' alone")
     refused(lambda: load(out_channels=5), "out_channels: 5; read are 4, and 8 with a variance")
-    refused(lambda: load(num_layers=3), "not those of the DiTTransformer2DModel described", "missing transformer_blocks.2.")
+    refused(lambda: load(num_layers=3), "not those of the model that is described", "missing transformer_blocks 19 of 57 (transformer_blocks.2.")
     (tmp_path / "config.json").unlink()
     refused(lambda: ldm.load(path), "a DiT of diffusers; its config.json is expected beside it")

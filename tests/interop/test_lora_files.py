@@ -267,7 +267,8 @@ def test_what_is_refused(tmp_path):
     middle = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     refused(bundle, tmp_path / "nowhere", "no such file or folder")
     refused(bundle, tmp_path, "a folder without pytorch_lora_weights.safetensors")
-    refused(bundle, file("a.safetensors", {"conv.weight": torch.ones(1)}), "no LoRA, or a damaged one: of its 1 tensors 1 unknown")
+    refused(bundle, file("a.safetensors", {"conv.weight": torch.ones(1)}), r"no LoRA: none of its 1 tensors \(conv.weight\) is a change of a layer")
+    refused(bundle, file("h.safetensors", {"conv.lora": torch.ones(1)}), "no LoRA, or a damaged one: of its 1 tensors 1 unknown")
     refused(bundle, file("b.safetensors", {f"{middle}.lora_A.weight": torch.ones(1, 64)}), "1 without their other half")
     refused(bundle, file("c.safetensors", {f"unet.nothing.{key}": value for key, value in pair.items()}), r"1 of its 1 layers are none")
     refused(bundle, file("d.safetensors", {f"{middle}.{key}": value[..., :32] if "A" in key else value for key, value in pair.items()}),

@@ -2,11 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
 from ldm.common.build import build
 from ldm.cond import Cond
+from ldm.interop import unet_names
 from ldm.networks.unet import UNet
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -127,6 +129,85 @@ def test_checkpointing_changes_memory_only(options):
     assert stored[0][0] == stored[1][0] and stored[1][1] < 0.5 * stored[0][1]
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["no text", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name != "no text")])
+def test_is_one_graph(name):
+    options = VARIANTS[name]
+    network, given = unet(options).eval(), inputs(options)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*given), network(*given))
+    torch._dynamo.reset()
+
+
+def widened(weight, like, dims):
+    """A 2-D kernel in the middle of a larger or smaller one: of three axes the first, time, is new, of one the first is cut."""
+    if weight.ndim != 4 or weight.shape == like.shape:
+        return weight.reshape(like.shape)
+    if dims == 1:
+        return weight[:, :, weight.shape[2] // 2]
+    return F.pad(weight[:, :, None], (0, 0, 0, 0, like.shape[2] // 2, like.shape[2] // 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resample", [{}, {"resblock_updown": True}, {"conv_resample": False}], ids=["convolutions", "blocks", "means"])
+@pytest.mark.parametrize("attention", ["transformer", "self"])
+def test_three_axes_of_frames_that_are_all_the_same(attention, resample):
+    """Kernels that look at their own frame alone, and normalisation and attention over copies, give each frame's picture."""
+    options = dict(attention=attention, linear_projections=False, **resample, **({"context_dim": None} if attention == "self" else {}))
+    flat, deep = unet(options), unet({**options, "dims": 3})
+    deep.load_state_dict({name: widened(value, deep.state_dict()[name], 3) for name, value in flat.state_dict().items()})
+    x, time, cond = inputs({})
+    cond = Cond() if attention == "self" else cond
+    frames = deep(x[:, :, None].expand(-1, -1, 3, -1, -1), time, cond)
+    assert frames.shape == (2, 2, 3, 8, 16)
+    torch.testing.assert_close(frames, flat(x, time, cond)[:, :, None].expand_as(frames), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_one_axis_is_a_row_of_rows_that_are_all_the_same():
+    flat, row = unet({}), unet({"dims": 1})
+    for conv in (module for module in flat.modules() if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)):
+        conv.weight[:, :, [0, 2]] = 0  # a row sees itself alone
+    row.load_state_dict({name: widened(value, row.state_dict()[name], 1) for name, value in flat.state_dict().items()})
+    x, time, cond = inputs({})
+    rows = x[:, :, :1].expand(-1, -1, 4, -1)
+    expected = flat(rows, time, cond)
+    torch.testing.assert_close(row(x[:, :, 0], time, cond), expected[:, :, 0], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_other_heads_on_the_way_up():
+    """As a network with two heads whose way up is taken from one with four."""
+    options = dict(attention="self", context_dim=None, transformer_depth=[1, 1])
+    two, four, both = (unet(options | more) for more in ({"num_heads": 2}, {"num_heads": 4}, {"num_heads": 2, "up_heads": 4}))
+    x, time, _ = inputs({})
+    assert (two(x, time, Cond()) - four(x, time, Cond())).abs().max() > 1e-4
+    two.up = four.up
+    assert torch.equal(both(x, time, Cond()), two(x, time, Cond()))
+
+
+def test_attention_after_some_of_the_blocks_alone():
+    """LDM's num_attention_blocks, by its names: blocks on the way down are counted from 0, and those on the way up too."""
+    options = dict(transformer_depth=[1, 1], num_res_blocks=2, attention_blocks=[1, 2])
+    rows = unet_names.rows(unet(options), "compvis")
+    found = {name.split(".1.norm.")[0] for row in rows for name in row.theirs if ".1.norm." in name}
+    assert found == {"input_blocks.1", "input_blocks.4", "input_blocks.5", "middle_block", "output_blocks.0", "output_blocks.1", "output_blocks.3"}
+
+
+def test_the_middle_may_look_at_the_text_alone():
+    """Without attention on itself, two places of the same contents in the middle of a picture cannot tell each other apart."""
+    network = unet({"middle_cross_only": True, "context_dim": 6})
+    first = network.middle[0].attention.blocks[0].attn1
+    assert first.to_k.in_features == first.to_v.in_features == 6 and first.to_q.in_features == 32
+    x, other = torch.randn(1, 32, 2, 2), torch.randn(1, 32, 2, 2)
+    other[..., 0, 0] = x[..., 0, 0]
+    tokens, layer = torch.randn(1, 5, 6), network.middle[0].attention
+    layer.norm = nn.Identity()  # which looks at the whole picture
+    assert torch.allclose(layer(x, tokens, None)[..., 0, 0], layer(other, tokens, None)[..., 0, 0], atol=1e-6)
+    full = unet({"context_dim": 6}).middle[0].attention
+    full.norm = nn.Identity()
+    assert not torch.allclose(full(x, tokens, None)[..., 0, 0], full(other, tokens, None)[..., 0, 0], atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "shape", "multiple"), [("plain", (5, 8), 2), ("patches", (8, 6), 4),

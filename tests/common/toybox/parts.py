@@ -94,3 +94,12 @@ class Autoencoding:
 
 class Diffusing(Autoencoding):
     kind = "diffusion"
+
+
+class Coder:
+    """What makes latents."""
+
+    def encode(self, x):
+        return x
+
+    decode = encode
