@@ -20,7 +20,7 @@ from ldm.bundle import Bundle
 from ldm.classifier import NoisyClassifier
 from ldm.common import config as configs
 from ldm.common.build import plain
-from ldm.common.files import UserError, nearest, parse_json
+from ldm.common.files import UserError, nearest, one_line, parse_json
 from ldm.common.weights import no_larger_than
 from ldm.interop import (
     adm,
@@ -248,7 +248,7 @@ def _read_safetensors(file: Path) -> tuple[dict | None, dict[str, Tensor], int |
             text = (opened.metadata() or {}).get("ldm")
         return parse_json(text, f"{file}: what it says of itself") if text else None, tensors, None
     except (SafetensorError, OSError) as error:
-        said = _instead(file) or f"damaged, or no .safetensors file ({_one_line(error)})"
+        said = _instead(file) or f"damaged, or no .safetensors file ({one_line(error)})"
         raise UserError(f"{file}: {said}") from error
 
 
@@ -260,7 +260,7 @@ def _read_torch(file: Path) -> tuple[dict | None, dict[str, Tensor], int | None]
     try:
         saved, strange = pickles.read(file)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: damaged, or no checkpoint ({_one_line(error)}); {READ}") from error
+        raise UserError(f"{file}: damaged, or no checkpoint ({one_line(error)}); {READ}") from error
     if not isinstance(saved, dict):
         raise UserError(f"{file}: holds a {type(saved).__name__}, not a model; {READ}")
     state = saved.get("state_dict", saved)
@@ -278,7 +278,7 @@ def _told(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_one_line(error)}"
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
         raise UserError(said if said.startswith(doing.split(": ")[0]) else f"{doing}: {said}") from error
 
 
@@ -349,7 +349,3 @@ def _leaves(value: object, path: str) -> Iterator[tuple[str, object]]:
         yield path, value
     for key, item in items or ():
         yield from _leaves(item, f"{path}.{key}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__

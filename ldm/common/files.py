@@ -33,6 +33,11 @@ class OnAllRanks(UserError):
     """A mistake that every process finds: one of them tells it."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error of somebody else says, for a message of ours."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path in the folder of `path` (made if absent) with the same suffix; the body writes there.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ldm.common.files import UserError
+from ldm.common.files import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
         return bert_tokenizer({word: i for i, word in enumerate(words)}, said.get("do_lower_case", True))
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise UserError(f"tokenizer: cannot read {folder}: {' '.join(str(error).split())[:150]}") from error
+        raise UserError(f"tokenizer: cannot read {folder}: {one_line(error)}") from error
 
 
 def _content(token: Any, default: str) -> str:

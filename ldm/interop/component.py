@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ldm.common.build import near
-from ldm.common.files import UserError, parse_json
+from ldm.common.files import UserError, one_line, parse_json
 from ldm.interop import pickles
 
 CONFIG = "config.json"
@@ -25,7 +25,7 @@ def read_json(file: Path) -> dict:
     try:
         found = parse_json(file.read_text(encoding="utf-8"), file)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{file}: cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected the names and values of a config, got a {type(found).__name__}")
     return found
@@ -74,11 +74,7 @@ def tensors_in(file: Path) -> dict[str, Tensor]:
                 return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (no mapping)
         saved, strange = pickles.read(file)
     except (SafetensorError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: damaged, or no weights ({_one_line(error)})") from error
+        raise UserError(f"{file}: damaged, or no weights ({one_line(error)})") from error
     if not isinstance(saved, dict) or strange or not all(isinstance(value, Tensor) for value in saved.values()):
         raise UserError(f"{file}: expected a mapping of names to tensors" + f", it names {', '.join(strange)}" * bool(strange))
     return saved
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__

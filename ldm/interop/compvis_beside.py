@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.common.files import UserError
+from ldm.common.files import UserError, one_line
 from ldm.interop.compvis_schedules import schedule_of
 from ldm.interop.conditions import UNET, Around, Part
 from ldm.interop.rows import Change, Row, pair
@@ -94,8 +94,7 @@ def statistics(said: Said, around: Around, width: int) -> dict[str, Tensor]:
     try:
         mean, std = (each.flatten().float() for each in torch.load(file, map_location="cpu", weights_only=True))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-        why = " ".join(str(error).split())[:150]
-        raise UserError(f"{file}: expected mean and deviation of embeddings, two tensors: {why}") from error
+        raise UserError(f"{file}: expected mean and deviation of embeddings, two tensors: {one_line(error)}") from error
     if mean.shape != (width,) or std.shape != (width,):
         raise UserError(f"{file}: statistics of {len(mean)} and {len(std)} numbers, the embeddings have {width}")
     return {"mean": mean, "std": std}

@@ -28,9 +28,10 @@ log = logging.getLogger(__name__)
 
 FIRST_STAGE, AVERAGED = "first_stage_model.", "model_ema."
 HARMLESS = re.compile(  # what a model does not need: tables that follow from the schedule, what only training or its demos use
-    r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|scaling_factor|global_step|epoch"
-    r"|denoiser\.\w+)$|first_stage_model\.(loss|model_ema|colorize)|(low_scale_model|noise_augmentor)\.\w+$"
-    r"|ldm\.autoencoder\.|model_ema\.|(depth_model|embedder|loss|loss_fn)\.|.*\.position_ids$|cond_stage_model\.model\.(attn_mask$|visual\.)"
+    r"(betas|alphas_cumprod(_prev)?|sqrt_\w+|log_one_minus_\w+|posterior_\w+|lvlb_weights|logvar|scale_factor|scaling_factor"
+    r"|global_step|epoch|denoiser\.\w+)$|first_stage_model\.(loss|model_ema|colorize)|(low_scale_model|noise_augmentor)\.\w+$"
+    r"|ldm\.autoencoder\.|model_ema\.|(depth_model|embedder|embedding_manager|loss|loss_fn)\.|.*\.position_ids$"
+    r"|cond_stage_model\.model\.(attn_mask$|visual\.)"
     r"|conditioner\.embedders\.\d+\.(model\.(attn_mask$|visual\.)|transformer\.logit_scale$)"
 )
 

@@ -39,7 +39,8 @@ def recognised(tensors: Mapping[str, Tensor], origin: str) -> dict:
 
 MARKS = {  # what names begin with, the most telling first
     "xl": "conditioner.embedders.1.model.", "refiner": "conditioner.embedders.0.model.",
-    "clip": "cond_stage_model.transformer.text_model.", "open_clip": "cond_stage_model.model.transformer.",
+    "clip": ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.embeddings."),
+    "open_clip": "cond_stage_model.model.transformer.",
     "bert": "cond_stage_model.transformer.token_emb.",
 }  # fmt: skip
 

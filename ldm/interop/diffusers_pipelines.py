@@ -15,7 +15,7 @@ from torch import Tensor
 from ldm.bundle import Bundle
 from ldm.common.build import near
 from ldm.common.files import UserError
-from ldm.interop import component, diffusers, diffusers_unet, dit_diffusers, names, schedulers, unet_names
+from ldm.interop import component, diffusers, diffusers_unet, dit_diffusers, names, schedulers, text_names, unet_names
 from ldm.interop.conditions import joined, table, weights
 from ldm.interop.diffusers_conditions import STEPS, Folder, conditions_of
 from ldm.interop.folding import unfolded
@@ -60,6 +60,9 @@ def planned(path: Path) -> tuple[dict, dict[str, Tensor], Bundle | None]:
     network, sizes = diffusers_unet.block_of(unet, str(path / "unet" / component.CONFIG))
     folder = folder._replace(unet=Said(unet, str(path / "unet" / component.CONFIG)), sizes=sizes)
     conditions = conditions_of(folder)
+    if sizes.context_dim and not any(part.target in (text_names.CLIP, text_names.BERT) for part in conditions):
+        raise UserError(f"{path}: its UNet reads tokens of {sizes.context_dim} numbers, and no part that is read makes them: "
+                        "text_encoder, text_encoder_2 or bert")
     autoencoder, vae, latents = _autoencoder(folder)
     schedule = schedulers.read(folder.config("scheduler", "scheduler_config.json"), str(path / "scheduler"), STEPS)
     params = {"network": network, "process": schedule.process, "parameterization": schedule.parameterization,

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.adapters import Change
-from ldm.common.files import UserError, atomic_write, parse_json
+from ldm.common.files import UserError, atomic_write, one_line, parse_json
 from ldm.interop import component, pickles
 from ldm.interop.rows import some
 
@@ -88,11 +88,11 @@ def contents(file: Path) -> tuple[dict[str, Tensor], dict]:
                 said = parse_json(text, f"{file}: its metadata") if text else {}
                 return {key: opened.get_tensor(key) for key in names}, about | (said if isinstance(said, dict) else {})
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged, or no .safetensors file ({_one_line(error)})") from error
+            raise UserError(f"{file}: damaged, or no .safetensors file ({one_line(error)})") from error
     try:
         saved, strange = pickles.read(file)
     except (OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{file}: damaged, or no file of weights ({_one_line(error)})") from error
+        raise UserError(f"{file}: damaged, or no file of weights ({one_line(error)})") from error
     tensors = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if strange or not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file}: holds no weights by name; a LoRA is a file of tensors")
@@ -175,7 +175,3 @@ def named(layer: Layer, parts: Mapping[str, Mapping[str, Any]]) -> Any | None:
 
 def grouped(layers: Iterable[Layer]) -> str:
     return some([f"{part}.{name}" if part else name for part, name in layers])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__

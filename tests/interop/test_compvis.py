@@ -255,7 +255,7 @@ def test_shapes_that_do_not_tell(tmp_path):
 
 
 def test_a_diffusion_model_of_no_known_shape_asks_for_its_yaml(tmp_path, lightning):
-    weights = {"model.diffusion_model.out.2.weight": torch.zeros(1), "first_stage_model.encoder.down.0.block.0.x": torch.zeros(1)}
+    weights = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3), "first_stage_model.encoder.down.0.block.0.x": torch.zeros(1)}
     refused(lambda: ldm.load(saved(tmp_path / "sd.ckpt", weights)), "not those of a published one", "give the yaml")
     refused(lambda: ldm.load(saved(tmp_path / "sd.ckpt", weights, **lightning)), "sd.ckpt")
 

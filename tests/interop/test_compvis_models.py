@@ -149,15 +149,21 @@ def test_sdxl_is_known_by_its_shapes(refiner, unet, texts, names):
     assert about["sampling"]["size"] == [1024, 1024]
 
 
-def test_stable_diffusion_1_needs_no_yaml():
-    known = MODELS["stable-diffusion/v1-inference"]
+@pytest.mark.parametrize("name", ["stable-diffusion/v1-inference", "stablediffusion/v2-inpainting-inference",
+                                  "latent-diffusion/txt2img-1p4B-eval"])  # fmt: skip
+def test_some_published_models_need_no_yaml(name):
+    known = MODELS[name]
     tensors, _ = compvis_writing.write(planned({"model": known["model"]}, meta(known["text"])))
-    with_yaml, without = (compvis_models.read(meta({k: v.shape for k, v in tensors.items()}), said, "/nowhere/sd.ckpt")[0]["config"]
-                          for said in ({"model": known["model"]}, None))  # fmt: skip
-    for config in (with_yaml, without):
-        config["model"]["params"]["network"]["params"].pop("checkpointing")  # of training
-    assert with_yaml["model"]["params"]["network"] == without["model"]["params"]["network"]
-    assert with_yaml["model"]["params"]["process"] == without["model"]["params"]["process"]
+    (said, _), (told, _) = (compvis_models.read(meta({k: v.shape for k, v in tensors.items()}), config, "/nowhere/sd.ckpt")
+                            for config in ({"model": known["model"]}, None))  # fmt: skip
+    said, told = (about["config"]["model"]["params"] for about in (said, told))
+    for params in (said, told):
+        params["network"]["params"].pop("checkpointing")  # of training
+    for part in ("network", "process", "parameterization"):
+        assert said[part] == told[part]
+
+
+def test_two_models_of_the_same_shapes_ask_for_their_yaml():
     two = MODELS["stablediffusion/v2-inference"]
     tensors, _ = compvis_writing.write(planned({"model": two["model"]}, meta(two["text"])))
     with pytest.raises(UserError, match="v2-inference-v.yaml"):
@@ -267,6 +273,20 @@ def test_a_checkpoint_as_it_may_come(tmp_path, wrap):
     expected = ldm.load(PARITY / "class_cond" / "model.safetensors", PARITY / "class_cond" / "config.yaml").state_dict()
     found = ldm.load(tmp_path / "model.ckpt", config).state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_text_encoders_as_other_versions_of_transformers_name_them():
+    """position_ids are there or not, as numbers or in half precision; the names of a whole CLIP or of its text part alone."""
+    tensors, config = case()
+    _, expected = compvis_models.read(tensors, config, str(PARITY / "txt2img_kl" / "model.ckpt"))
+    ids = next(name for name in tensors if name.endswith("position_ids"))
+    for changed in (
+        {name: value for name, value in tensors.items() if name != ids}, tensors | {ids: tensors[ids].half()},
+        {name.replace(".text_model.", "."): value for name, value in tensors.items()},
+        tensors | {"embedding_manager.embedder.transformer.text_model.embeddings.position_ids": tensors[ids]},
+    ):  # fmt: skip
+        _, found = compvis_models.read(changed, config, str(PARITY / "txt2img_kl" / "model.ckpt"))
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_what_a_yaml_says_of_training_changes_nothing():

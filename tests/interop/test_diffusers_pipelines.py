@@ -228,6 +228,7 @@ def test_damaged_folders_are_named(made, tmp_path):
     assert "encoder_hid_dim" in broken(edit("unet/config.json", encoder_hid_dim=8))
     assert "controlnet" in broken(edit("model_index.json", controlnet=["diffusers", "ControlNetModel"]))
     assert "T5EncoderModel" in broken(edit("model_index.json", text_encoder=["transformers", "T5EncoderModel"]))
+    assert "reads tokens of 32 numbers" in broken(edit("model_index.json", text_encoder=[None, None]))
     assert "NoSuchScheduler" in broken(edit("scheduler/scheduler_config.json", _class_name="NoSuchScheduler"))
 
     def lose(place):
