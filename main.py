@@ -150,6 +150,7 @@ def run(planned: list, args: argparse.Namespace, group) -> int:
             continue
         checkpoint, signal = train(job, found, checkpoint, args, group, tell)
         if signal is not None:
+            launch.leave()
             return 128 + signal
     for line in plan.closing(planned[-1], checkpoint):
         tell(line)

@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from forked import start, status, write
 
 from ldm.app.runs import newest
 from ldm.common.equal import differences
+from ldm.data.shapes import Shapes
 
 KILL, USR1 = signal.SIGKILL, signal.SIGUSR1
 LIMIT = "limit"  # killed, and before that its saves failed
@@ -84,3 +86,29 @@ def test_thirty_kills(tmp_path):
     counts = survived(tmp_path, [KILL, KILL, KILL, KILL, LIMIT] * 6, steps=250)
     print(counts)
     assert counts["killed"] == 30 and counts["while saving"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, USR1])
+def test_a_second_signal_ends_a_run_at_once(tmp_path, number):
+    """Even where the step at hand never ends; the last checkpoint is whole."""
+    command = write(tmp_path, data={"train": {"target": "test_killed.Stuck", "params": {"count": 10}}}, checkpoint={"every": 1, "keep": 1})
+    child = start(command, tmp_path / "said.txt", {"STUCK": str(tmp_path / "logs")})
+    wait_for(lambda: (tmp_path / "said.txt").exists() and "stuck" in (tmp_path / "said.txt").read_text())
+    os.kill(child, number)
+    time.sleep(0.2)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it waits for the step
+    os.kill(child, number)
+    assert status(child, 5) == 128 + number
+    assert step_of(tmp_path / "logs") >= 1
+
+
+class Stuck(Shapes):
+    """Cannot be read for a long time, once there is a checkpoint."""
+
+    def __getitem__(self, i):
+        if any(True for _ in Path(os.environ["STUCK"]).glob("*/checkpoints/last.ckpt")):
+            print("stuck", flush=True)
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                time.sleep(0.1)
+        return super().__getitem__(i)

@@ -17,9 +17,11 @@ STEPS = 30
 
 
 @pytest.fixture
-def wandb(tmp_path):
-    """-> what makes wandb's own files stay here."""
-    return {"HOME": str(tmp_path), "WANDB_MODE": "", "WANDB_API_KEY": "", "WANDB_DIR": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+def wandb(tmp_path, monkeypatch):
+    """-> what makes wandb's own files stay here; there is no key."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
 
 
 def arguments(folder, steps=STEPS):
@@ -88,15 +90,16 @@ def test_not_a_single_connection_is_tried_without_a_key(tmp_path, wandb, monkeyp
     assert steps(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("logs", ["file", "file/below", "/proc/nothing"])
-def test_a_log_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path, logs):
+@pytest.mark.parametrize("logs, told", [("file", "the run folder cannot be written"), ("file/below", "the run folder cannot be written"),
+                                        ("/proc/nothing", "no space for the checkpoints")])  # fmt: skip
+def test_a_log_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path, logs, told):
     (tmp_path / "file").write_text("mine")
     words = write(tmp_path)
     words[words.index("-l") + 1] = str(tmp_path / logs)
     began = time.monotonic()
     assert status(start(words, tmp_path / "said.txt")) == 2
     said = (tmp_path / "said.txt").read_text()
-    assert said.count("error: ") == 1 and f"error: --logdir {tmp_path / logs}: the run folder cannot be written" in said
+    assert said.count("error: ") == 1 and f"{tmp_path / logs}: {told}" in said
     assert "training;" not in said and "Traceback" not in said and time.monotonic() - began < 30
     assert (tmp_path / "file").read_text() == "mine"
 

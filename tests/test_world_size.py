@@ -27,7 +27,7 @@ def test_stage_2_learns_the_same(tmp_path):
 
 
 def test_stage_1_learns_the_same(tmp_path):
-    one, two, accumulated = curves(tmp_path, first_stage, WAYS, 10, critic=False, bottleneck=lambda: KL(2))
+    one, two, accumulated = curves(tmp_path, first_stage, WAYS, 20, critic=False, bottleneck=lambda: KL(2))
     assert two == pytest.approx(one, abs=1e-5) and accumulated == pytest.approx(one, abs=1e-5)
 
 
