@@ -19,7 +19,7 @@ MANUAL = {  # where the training module steps its optimizers itself, which an au
     "accumulate_grad_batches": "model.params.accumulate",
 }  # fmt: skip
 LIMITS = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
-ACCELERATORS = "pytorch_lightning.accelerators.AcceleratorRegistry.available_accelerators"  # by name, as Lightning is in config.py
+ACCELERATORS = "pytorch_lightning.accelerators.AcceleratorRegistry.available_accelerators"  # by name: no import
 STRATEGIES = "pytorch_lightning.strategies.StrategyRegistry.available_strategies"
 TIME = r"\d+:\d\d:\d\d:\d\d"
 
