@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from ldm.common.build import locate, near
+from ldm.common.build import near
 from ldm.common.limits import outside
 
 INSTEAD = {
@@ -19,8 +19,6 @@ MANUAL = {  # where the training module steps its optimizers itself, which an au
     "accumulate_grad_batches": "model.params.accumulate",
 }  # fmt: skip
 LIMITS = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
-ACCELERATORS = "pytorch_lightning.accelerators.AcceleratorRegistry.available_accelerators"  # by name: no import
-STRATEGIES = "pytorch_lightning.strategies.StrategyRegistry.available_strategies"
 TIME = r"\d+:\d\d:\d\d:\d\d"
 
 
@@ -47,8 +45,11 @@ def mistakes(trainer: dict, manual: bool) -> list[str]:
 
 
 def _names(trainer: dict) -> list[str]:
-    known = {"accelerator": ("auto", "cpu", "gpu", *locate(ACCELERATORS)()),
-             "strategy": ("auto", "fsdp2", *locate(STRATEGIES)())}  # fmt: skip
+    from pytorch_lightning.accelerators import AcceleratorRegistry
+    from pytorch_lightning.strategies import StrategyRegistry
+
+    known = {"accelerator": ("auto", "cpu", "gpu", *AcceleratorRegistry.available_accelerators()),
+             "strategy": ("auto", "fsdp2", *StrategyRegistry.available_strategies())}  # fmt: skip
     given = {key: trainer.get(key) for key in known}
     return [f"trainer.{key}: there is no {value!r}{near(value, known[key]) or '; auto finds one'}"
             for key, value in given.items() if isinstance(value, str) and value.lower() not in known[key]]  # fmt: skip
