@@ -86,4 +86,4 @@ def test_data_without_classes_is_refused(tmp_path, capsys):
     plain = "data.train={target: ldm.data.shapes.Shapes, params: {count: 16}}"
     arguments = [a for a in ARGUMENTS if not a.startswith("data.")] + [plain, "data.validation=null", "trainer.max_steps=1"]
     assert main(["-b", str(CONFIG), "-t", "-l", str(tmp_path), *arguments]) == 2
-    assert "has no 'class'" in capsys.readouterr().err
+    assert "have no 'class'" in capsys.readouterr().err

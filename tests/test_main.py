@@ -176,7 +176,7 @@ def test_stage_1_alone_with_a_scaled_learning_rate(configs, capsys):
     (["autoencoder={ckpt: nowhere.ckpt}"], ["autoencoder.ckpt: no such file nowhere.ckpt; stage 2 learns on"]),
     (["data.train={target: ldm.data.folder.ImageFolder, params: {root: /no, size: 64}}"], ["stage 2 of 2, diffusion: data."]),
     (["model.params.network.params.transformer_depth=[1]"], ["stage 2 of 2, diffusion: transformer_depth"]),
-    (["trainer.accelerator=tpux"], ["trainer: "]),
+    (["trainer.accelerator=tpux"], ["trainer.accelerator: there is no 'tpux'; nearest: 'tpu'"]),
 ])  # fmt: skip
 def test_mistakes_leave_nothing_behind(configs, capsys, overrides, told):
     assert main(["-b", str(configs / "ldm.yaml"), "-t", "-l", str(configs / "logs"), *overrides]) == 2

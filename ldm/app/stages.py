@@ -174,7 +174,9 @@ def read(paths: Sequence[str | Path], overrides: Sequence[str] = (), *, name: st
     except UserError as error:
         return [Stage(config)], [*mistakes, str(error)]
     earlier |= {"seed": seed} if seed is not None else {}
-    mistakes += [f"{first}: {mistake}" for mistake in mistakes_in(earlier)]
+    shared = tuple(f"{section}.{key}" for section, keys in SHARED.items() for key in keys)
+    told = {mistake for mistake in mistakes if mistake.startswith(shared)}
+    mistakes += [f"{first}: {mistake}" for mistake in mistakes_in(earlier) if mistake not in told]
     if earlier.get("autoencoder"):
         mistakes.append(f"{first}: expected the config of an autoencoder's training, this one trains on top of one")
     stage1 = Stage(earlier, 1, 2)

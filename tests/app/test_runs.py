@@ -21,7 +21,8 @@ def planned(configs):
 
 def checkpoint(path, kind="autoencoder", **weights):
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": weights, "ldm": {"kind": kind, "config": {"model": {}}}}, path)
+    run = dict.fromkeys(("optimizer_states", "lr_schedulers", "loops", "global_step", "pytorch-lightning_version"), 0)
+    torch.save({**run, "state_dict": weights, "ldm": {"kind": kind, "config": {"model": {}}}}, path)
 
 
 def make_run(logdir, stage, time="20260101-000000", done=False, kind=None, **changes):
