@@ -160,7 +160,9 @@ def told(capsys, logs, *arguments) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "changes", "parts"), [
-    pytest.param(name, [changes] if isinstance(changes, str) else changes, parts, id=f"{name} {changes}") for name, changes, *parts in EVERY
+    pytest.param(name, [changes] if isinstance(changes, str) else changes, parts, id=f"{name} {changes}",
+                 marks=[pytest.mark.slow] * (i % 3 > 0))  # a third of them is quick
+    for i, (name, changes, *parts) in enumerate(EVERY)
 ])  # fmt: skip
 def test_is_told_and_leaves_nothing(tmp_path, capsys, name, changes, parts):
     base = ["-b", f"configs/tiny/{name}.yaml", *changes]

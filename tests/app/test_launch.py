@@ -23,7 +23,8 @@ def test_every_process_knows_its_place(tmp_path):
 
 
 @pytest.mark.parametrize("first, status", [("sys.exit(2)", 2), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
-def test_one_that_fails_ends_the_others(first, status):
+def test_one_that_fails_ends_the_others(monkeypatch, first, status):
+    monkeypatch.setattr("ldm.app.launch.PATIENCE", 3.0)
     began = time.monotonic()
     assert start(2, program(f"exec('if rank: {first}'); time.sleep(60)")) == status
     assert time.monotonic() - began < 20
