@@ -337,7 +337,8 @@ def _steps(process: Process, n: int, name: str) -> int:
         raise ValueError(f"times {name!r} belong to discrete processes; {type(process).__name__} takes 'linear'")
     steps = int(process.t_max) + 1
     if n > steps:
-        raise ValueError(f"times {name!r}: {n} steps of a process that has {steps}; take {steps // 2} at most, or 'linear'")
+        raise ValueError(f"times {name!r}: {n} steps of a process that has {steps}; take {max(1, steps // 2)} at most, "
+                         "or 'linear'")
     return steps
 
 
@@ -345,8 +346,9 @@ def _ladder(ladder: Tensor, process: Process, end: End, name: str) -> Tensor:
     """The ladder (N,) walked down, then the end. ValueError where it begins beyond the process."""
     steps = int(process.t_max) + 1
     if ladder[-1] >= steps:
-        raise ValueError(f"times {name!r}: these begin at t = {int(ladder[-1])}, the process ends at {steps - 1}; take a "
-                         f"number of steps that divides {steps}, {steps // 2} at most, or 'linear'")
+        few = f"a number of steps that divides {steps}, {steps // 2} at most, or " if steps > 1 else ""
+        raise ValueError(f"times {name!r}: these begin at t = {int(ladder[-1])}, the process ends at {steps - 1}; take {few}"
+                         "'linear'")
     return _then(ladder.flip(0).double(), process, end)
 
 

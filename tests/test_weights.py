@@ -120,6 +120,27 @@ def test_bound_is_that_of_compvis(table):
     assert torch.allclose(found[1:], 0.5 * torch.expm1(2 * (process.log_snr(t[:-1]) - process.log_snr(t[1:]))))
 
 
+@pytest.mark.parametrize("kind", ["data", "v", "flow", "edm", "velocity", "previous"])
+def test_the_bounds_weight_of_a_step_from_pure_noise(kind):
+    """There alpha = 0, and q(x_s | x_t, x0) = N(alpha_s x0, sigma_s^2): T times the divergence from the same with x0 off by d is
+    T / 2 (alpha_s d / sigma_s)^2."""
+    process = DDPM(steps=20, zero_terminal=True)
+    denoiser = Denoiser(torch.nn.Identity(), process, kind)
+    t, z, off = torch.tensor([19.0]), torch.full((1, 1, 1, 1), 0.4), 0.3
+    alpha, sigma, p, q = denoiser.exact(t)
+    noise = torch.full((1, 1, 1, 1), -0.7)
+    said = (p * (z + off) + q * (noise - alpha / sigma * off)).float()
+    denoiser.raw = lambda x_t, t, cond: said
+    (alpha_s,), (sigma_s,) = process.exact(t.double() - 1)
+    expected = 20 / 2 * (alpha_s * off / sigma_s) ** 2
+    assert diffusion_loss(denoiser, z, Cond(), t, noise, WEIGHTS["vlb"]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_step_has_no_bound():
+    with pytest.raises(ValueError, match="this process has one step"):
+        VLB().at(DDPM(steps=1), torch.zeros(1))
+
+
 @pytest.mark.parametrize("name", ["vp", "edm", "linear"])
 def test_bound_integrates_to_the_kl_divergence_of_gaussians(name):
     """For data N(m, s^2) and its best denoiser E|x0 - x0_hat|^2 = s^2 sigma^2 / (alpha^2 s^2 + sigma^2), whose integral over
