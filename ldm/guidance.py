@@ -56,7 +56,7 @@ def compose(denoise_null: Denoise, parts: Sequence[tuple[Denoise, float]]) -> De
         null, said = denoise_null(x, t), [(part(x, t), weight) for part, weight in parts]
         x0 = null.x0 + sum(weight * (guess.x0 - null.x0) for guess, weight in said)
         eps = null.eps + sum(weight * (guess.eps - null.eps) for guess, weight in said)
-        return Prediction(x0, eps, said[0][0].var)
+        return Prediction(x0, eps, said[0][0].var if said else null.var)
     return denoise
 
 

@@ -207,6 +207,7 @@ class Flow:
     evaluations: int
 
 
+@torch.inference_mode(False)
 def ode_likelihood(denoise: Denoise, x0: Tensor, process: Process, *, probes: int | Literal["exact"] = 1,
                    level: float | None = None, tolerance: float = 1e-5, prior_std: float | None = None,
                    noise: Noise | None = None, callback: Callable[[float], None] | None = None) -> Flow:
@@ -225,6 +226,7 @@ def ode_likelihood(denoise: Denoise, x0: Tensor, process: Process, *, probes: in
         callback: told the share of the way, 0 to 1, at every step.
     """
     low, high = _levels(process, level)
+    x0 = x0.clone()  # of inference mode, a tensor without a gradient
     batch, *shape = x0.shape
     dims = math.prod(shape)
     y = in_double(x0)

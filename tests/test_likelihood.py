@@ -383,3 +383,12 @@ def test_latents_without_noise_have_no_entropy():
 
 def test_bits():
     assert float(bits_per_dim(torch.tensor(8 * math.log(2.0)), 4)) == pytest.approx(2.0)
+
+
+def test_ode_where_gradients_are_off():
+    """As in the validation of a training loop."""
+    process, x = PROCESSES["flow"], torch.tensor([[[[0.3, 0.9]]]])
+    exact = torch.distributions.Normal(MEAN, STD).log_prob(x).sum()
+    with torch.inference_mode():
+        found = ode_likelihood(gaussian(process), x.clone(), process, probes="exact").log_likelihood
+    assert found.item() == pytest.approx(exact.item(), abs=1e-3)

@@ -44,6 +44,8 @@ class HalfLife:
 
     def keep(self, updates: int, images: int) -> float:
         passed, half = (updates, self.steps) if self.images is None else (images, self.images)
+        if not passed:
+            raise ValueError("EMA half-life in images: update takes the number of images seen so far")
         if self.ramp is not None:
             half = min(half, self.ramp * passed)
         return 0.5 ** (passed / updates / half)
