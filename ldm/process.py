@@ -364,8 +364,8 @@ class EDM(Process):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, tells: Literal["thousand", "c_noise"] = "thousand"):
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise UserError(f"EDM: sigma_min {sigma_min}, sigma_max {sigma_max}: expected 0 < sigma_min < sigma_max")
+        if not 0 <= sigma_min < sigma_max < math.inf:
+            raise UserError(f"EDM: sigma_min {sigma_min}, sigma_max {sigma_max}: expected 0 <= sigma_min < sigma_max")
         self.t_min, self.t_max, self.tells = sigma_min, sigma_max, tells
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -363,7 +363,7 @@ def test_shift_that_follows_from_the_number_of_tokens():
 
 
 @pytest.mark.parametrize(("kind", "options"), [(RectifiedFlow, {"shift": 0.0}), (RectifiedFlow, {"shift": -1.0}), (EDM, {"sigma_min": 80.0}),
-                                               (EDM, {"sigma_min": 0.0}), (VP, {"beta_max": 0.05}), (VP, {"beta_min": -1.0})])
+                                               (EDM, {"sigma_min": -1.0}), (VP, {"beta_max": 0.05}), (VP, {"beta_min": -1.0})])
 def test_constants_that_cannot_be_are_told(kind, options):
     with pytest.raises(UserError, match=f"{kind.__name__}: .*{next(iter(options))}"):
         kind(**options)
