@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.cond import Cond
+from ldm.networks.layers import inattentive
 from ldm.parameterization import PARAMETERIZATIONS, Denoise, Prediction, solve, target
 from ldm.process import Process, StepPosterior, Variance, log_variance, steps_of
 
@@ -45,6 +46,19 @@ def cfg(denoise_cond: Denoise, denoise_null: Denoise, scale: float) -> Denoise:
 def auto(denoise: Denoise, denoise_weak: Denoise, scale: float) -> Denoise:
     """Autoguidance (2406.02507): away from a smaller or less trained network under the same condition."""
     return cfg(denoise, denoise_weak, scale)
+
+
+def perturbed(denoise: Denoise, part: nn.Module) -> Denoise:
+    """The weak side of perturbed-attention guidance (2403.17377): ``denoise`` while self-attention in ``part`` of its network,
+    such as a UNet's ``middle`` or one of a DiT's ``blocks``, looks at nothing but itself.
+
+    ``auto(cond, perturbed(cond, part), 1 + s)`` needs no empty condition; with classifier-free guidance w it is
+    ``compose(null, [(cond, w + s), (perturbed(cond, part), -s)])``.
+    """
+    def weak(x: Tensor, t: Tensor) -> Prediction:
+        with inattentive(part):
+            return denoise(x.clone(), t)  # another tensor, to which ``once`` has no answer yet
+    return weak
 
 
 def compose(denoise_null: Denoise, parts: Sequence[tuple[Denoise, float]]) -> Denoise:
