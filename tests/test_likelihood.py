@@ -136,6 +136,24 @@ def test_bound_is_above_and_comes_down_with_the_steps(name):
     assert gaps[2] < gaps[1] / 5 and gaps[2] < (0.05 if name == "edm" else 0.01)
 
 
+@pytest.mark.parametrize("name", ["edm", "flow", "scaled_linear"])
+def test_a_chain_that_begins_lower_has_a_bound_of_its_own(name):
+    """Its prior is that of the x it begins with: else what noise above takes away of the data would be told by nobody. Of this
+    Gaussian KL(q(x_t) || N(0, alpha^2 + sigma^2)) is what the prior being another costs, whatever the steps."""
+    process = PROCESSES[name]
+    times = karras(process, 400, sigma_max=0.5)
+    alpha, sigma = process.exact(times[:1])
+    own = (alpha * STD).square() + sigma.square()
+    cost = float(normal_kl(alpha * MEAN, own.log(), torch.zeros(1), (alpha.square() + sigma.square()).log()))
+    assert 0 < float(bound_of(process, times).total.mean()) - EXACT - cost < 0.01
+
+
+def test_a_bound_takes_a_list_of_times():
+    process = DDPM()
+    with pytest.raises(ValueError, match="not pairs of times"):
+        bound_of(process, linear(process, 10, overlap=True))
+
+
 @EVERY
 def test_continuous_bound_is_the_limit(name):
     process = PROCESSES[name]
