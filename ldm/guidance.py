@@ -11,6 +11,7 @@ x_t = alpha x0 + sigma eps; it takes the process. The learned variance is that o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from ldm.networks.layers import inattentive
 from ldm.parameterization import PARAMETERIZATIONS, Denoise, Prediction, solve, target
 from ldm.process import Process, StepPosterior, Variance, log_variance, steps_of
 
+log = logging.getLogger(__name__)
 Parameterization = Literal["noise", "data", "v", "flow"]
 LogProbability = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,h,w), t (B,)) -> log p(y | x_t), (B,)
 
@@ -136,7 +138,7 @@ def planned(plain: Denoise, denoiser: nn.Module, cond: Cond, null: Cond, plan: M
     Args:
         plain: the denoise function under cond alone.
         plan: "scale"; the times "low" and "high" in between which is guided; the share "rescale"; the first "channels" that are
-            guided alone; None: everywhere, not at all, all.
+            guided alone; None: everywhere, not at all, all. Warned of where no time of the process is in between.
         others: further conditions cond_i with their weights.
     """
     towards, *parts, away = batched(denoiser, cond, *(other for other, _ in others), null)
@@ -147,6 +149,10 @@ def planned(plain: Denoise, denoiser: nn.Module, cond: Cond, null: Cond, plan: M
     if plan["channels"]:
         guided = on_channels(guided, towards, plan["channels"])
     low, high = (math.inf * side if at is None else at for side, at in ((-1, plan["low"]), (1, plan["high"])))
+    first, last = max(low, process.t_min), min(high, process.t_max)
+    if first > last or (process.t_data < 0 and math.ceil(first) > last):
+        log.warning("guidance low %s, high %s: no time of %s is between them: nothing is guided; its t goes from %g to %g",
+                    plan["low"], plan["high"], type(process).__name__, process.t_min, process.t_max)
     return within(low, high, guided, plain)
 
 

@@ -413,3 +413,14 @@ def test_perturbed_attention_is_attention_through_a_mask_of_ones_own_place(kind,
 def test_a_network_without_attention_cannot_be_perturbed():
     with pytest.raises(ValueError, match="Conv2d has no attention"):
         guidance.perturbed(gaussian(PROCESSES["flow"]), nn.Conv2d(1, 1, 1))(torch.ones(1, 1, 1, 1), torch.ones(1))
+
+
+@pytest.mark.parametrize(("name", "low", "high", "said"), [
+    ("flow", 200, 800, "low 200, high 800: no time of RectifiedFlow is between them: nothing is guided; its t goes from 0 to 1"), ("flow", 0.8, 0.2, "no time"),
+    ("scaled_linear", 0.2, 0.8, "no time of DDPM is between them: nothing is guided; its t goes from 0 to 999"), ("edm", None, 0.001, "no time of EDM")])
+def test_an_interval_of_another_process_is_told(name, low, high, said, caplog):
+    plan = {"scale": 2.0, "low": low, "high": high, "rescale": None, "channels": None}
+    guidance.planned(None, None, Cond(), Cond(), plan | {"low": None, "high": None}, PROCESSES[name])
+    assert not caplog.records
+    guidance.planned(None, None, Cond(), Cond(), plan, PROCESSES[name])
+    assert said in caplog.text
