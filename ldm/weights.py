@@ -33,7 +33,7 @@ class Weight:
 
     def __call__(self, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
         determinant = (alpha * q - sigma * p).square()
-        return self.scaled(alpha, sigma) / determinant.clamp(min=torch.finfo(alpha.dtype).tiny)  # 0 / 0 where F = x0, sigma = 0
+        return self.scaled(alpha, sigma) / determinant.clamp(min=1e-12)  # of F = x0 it is 0 where sigma is: a finite loss there
 
 
 class Unweighted(Weight):
