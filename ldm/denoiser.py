@@ -48,7 +48,8 @@ class Denoiser(nn.Module):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond, estimate: Tensor | None = None) -> Tensor:
         """The network's output as it is: F, then the channels of a learned variance. Its input is x_t, scaled where the
-        parameterization says how; spatial conditions are appended after x_t's channels, then the estimate of x0."""
+        parameterization says how; spatial conditions are appended after x_t's channels, then the estimate of x0. All of it in
+        the type of the network's weights, but where autocast sees to that."""
         c_in = getattr(_pair(self.parameterization), "c_in", None)
         x = x_t if c_in is None else x_t * _beside(c_in(*self.process.exact(in_double(t))), x_t).to(x_t.dtype)
         if cond.spatial is not None:
@@ -58,6 +59,9 @@ class Denoiser(nn.Module):
             x = torch.cat([x, cond.spatial.expand(-1, -1, *x.shape[2:]).to(x)], dim=1)
         if self.self_conditioning:
             x = torch.cat([x, torch.zeros_like(x_t) if estimate is None else estimate.to(x.dtype)], dim=1)
+        weight = next(self.network.parameters(), None)
+        if weight is not None and not torch.is_autocast_enabled(x.device.type):
+            x, cond = x.to(weight.dtype), cond.to(dtype=weight.dtype)
         return self.network(x, self.process.time(t), cond)
 
     def split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -130,6 +130,9 @@ class LossSecondMoment(Density, nn.Module):
 
     def __init__(self, history: int = 10, uniform: float = 0.001):
         super().__init__()
+        if history < 1 or not 0 <= uniform <= 1:
+            raise ValueError(f"density: history {history}, uniform {uniform}; LossSecondMoment takes a history from 1 and a "
+                             "share from 0 to 1")
         self.size, self.uniform = history, uniform
 
     def check(self, process: Process) -> list[str]:
@@ -149,7 +152,7 @@ class LossSecondMoment(Density, nn.Module):
     def shares(self) -> Tensor:
         """p(t) (T,), fp64, on the CPU."""
         losses, steps = self.losses.cpu().double(), len(self.counts)
-        if (self.counts < self.size).any():
+        if (self.counts < self.size).any() or not losses.any():
             return torch.full((steps,), 1 / steps, dtype=torch.float64)
         spread = losses.square().mean(1).sqrt()
         return (1 - self.uniform) * spread / spread.sum() + self.uniform / steps

@@ -11,6 +11,7 @@ x_t = alpha x0 + sigma eps; it takes the process. The learned variance is that o
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.cond import Cond
+from ldm.networks.layers import inattentive
 from ldm.parameterization import PARAMETERIZATIONS, Denoise, Prediction, solve, target
 from ldm.process import Process, StepPosterior, Variance, log_variance, steps_of
 
+log = logging.getLogger(__name__)
 Parameterization = Literal["noise", "data", "v", "flow"]
 LogProbability = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,h,w), t (B,)) -> log p(y | x_t), (B,)
 
@@ -47,6 +50,19 @@ def auto(denoise: Denoise, denoise_weak: Denoise, scale: float) -> Denoise:
     return cfg(denoise, denoise_weak, scale)
 
 
+def perturbed(denoise: Denoise, part: nn.Module) -> Denoise:
+    """The weak side of perturbed-attention guidance (2403.17377): ``denoise`` while self-attention in ``part`` of its network,
+    such as a UNet's ``middle`` or one of a DiT's ``blocks``, looks at nothing but itself.
+
+    ``auto(cond, perturbed(cond, part), 1 + s)`` needs no empty condition; with classifier-free guidance w it is
+    ``compose(null, [(cond, w + s), (perturbed(cond, part), -s)])``.
+    """
+    def weak(x: Tensor, t: Tensor) -> Prediction:
+        with inattentive(part):
+            return denoise(x.clone(), t)  # another tensor, to which ``once`` has no answer yet
+    return weak
+
+
 def compose(denoise_null: Denoise, parts: Sequence[tuple[Denoise, float]]) -> Denoise:
     """Several conditions, each with its weight (2206.01714): null + sum of w_i (cond_i - null).
 
@@ -56,7 +72,7 @@ def compose(denoise_null: Denoise, parts: Sequence[tuple[Denoise, float]]) -> De
         null, said = denoise_null(x, t), [(part(x, t), weight) for part, weight in parts]
         x0 = null.x0 + sum(weight * (guess.x0 - null.x0) for guess, weight in said)
         eps = null.eps + sum(weight * (guess.eps - null.eps) for guess, weight in said)
-        return Prediction(x0, eps, said[0][0].var)
+        return Prediction(x0, eps, said[0][0].var if said else null.var)
     return denoise
 
 
@@ -122,7 +138,7 @@ def planned(plain: Denoise, denoiser: nn.Module, cond: Cond, null: Cond, plan: M
     Args:
         plain: the denoise function under cond alone.
         plan: "scale"; the times "low" and "high" in between which is guided; the share "rescale"; the first "channels" that are
-            guided alone; None: everywhere, not at all, all.
+            guided alone; None: everywhere, not at all, all. Warned of where no time of the process is in between.
         others: further conditions cond_i with their weights.
     """
     towards, *parts, away = batched(denoiser, cond, *(other for other, _ in others), null)
@@ -133,6 +149,10 @@ def planned(plain: Denoise, denoiser: nn.Module, cond: Cond, null: Cond, plan: M
     if plan["channels"]:
         guided = on_channels(guided, towards, plan["channels"])
     low, high = (math.inf * side if at is None else at for side, at in ((-1, plan["low"]), (1, plan["high"])))
+    first, last = max(low, process.t_min), min(high, process.t_max)
+    if first > last or (process.t_data < 0 and math.ceil(first) > last):
+        log.warning("guidance low %s, high %s: no time of %s is between them: nothing is guided; its t goes from %g to %g",
+                    plan["low"], plan["high"], type(process).__name__, process.t_min, process.t_max)
     return within(low, high, guided, plain)
 
 

@@ -2,7 +2,7 @@
 
 Sums are taken in fp64 and given in nats a sample; ``bits_per_dim`` changes the unit. ``noise(step, shape)`` gives all random
 numbers, so that runs can be replayed. Every process: steps are those of a list of times (N+1,) that decreases from t_max to
-clean data, as samplers take them.
+clean data, as samplers take them; a bound over a list that begins lower is that of the chain which begins there.
 """
 
 from __future__ import annotations
@@ -112,10 +112,11 @@ def joined(bounds: list[Bound]) -> Bound:
                                     ("prior", "terms", "error")))
 
 
-def prior_kl(x0: Tensor, process: Process, prior_std: float | None = None) -> Tensor:  # (B,...) -> (B,)
-    """L_T = KL(q(x_T | x0) || N(0, prior_std^2)), at t_max (DDPM, 2006.11239, eq. 5)."""
-    alpha, sigma = process.exact(torch.tensor(process.t_max, dtype=torch.float64))
-    std = torch.tensor(prior_std or process.prior_std(), dtype=torch.float64)
+def prior_kl(x0: Tensor, process: Process, prior_std: float | None = None, t: float | None = None) -> Tensor:
+    """L_T = KL(q(x_T | x0) || N(0, prior_std^2)) (B,) of data (B,...), at t_max or where else a chain begins (DDPM, 2006.11239,
+    eq. 5). prior_std None: that of x_T for data of unit variance."""
+    alpha, sigma = process.exact(torch.tensor(process.t_max if t is None else t, dtype=torch.float64))
+    std = torch.tensor(prior_std, dtype=torch.float64) if prior_std else torch.hypot(alpha, sigma)
     return _sum(normal_kl(alpha * in_double(x0), 2 * sigma.log(), torch.zeros_like(alpha), 2 * std.log()))
 
 
@@ -157,7 +158,8 @@ def variational_bound(denoise: Denoise, x0: Tensor, times: Tensor, process: Proc
             term = -decoder(exact, mean, 0.5 * log_var)
         terms.append(_sum(term))
         errors.append((guessed - exact).square().flatten(1).mean(1))
-    return Bound(times[:-1], prior_kl(x0, process, prior_std), torch.stack(terms, 1), torch.stack(errors, 1))
+    prior = prior_kl(x0, process, prior_std, float(times[0]))  # of the first x_t, which a list may have below t_max
+    return Bound(times[:-1], prior, torch.stack(terms, 1), torch.stack(errors, 1))
 
 
 @torch.no_grad()
@@ -207,6 +209,7 @@ class Flow:
     evaluations: int
 
 
+@torch.inference_mode(False)
 def ode_likelihood(denoise: Denoise, x0: Tensor, process: Process, *, probes: int | Literal["exact"] = 1,
                    level: float | None = None, tolerance: float = 1e-5, prior_std: float | None = None,
                    noise: Noise | None = None, callback: Callable[[float], None] | None = None) -> Flow:
@@ -225,6 +228,7 @@ def ode_likelihood(denoise: Denoise, x0: Tensor, process: Process, *, probes: in
         callback: told the share of the way, 0 to 1, at every step.
     """
     low, high = _levels(process, level)
+    x0 = x0.clone()  # of inference mode, a tensor without a gradient
     batch, *shape = x0.shape
     dims = math.prod(shape)
     y = in_double(x0)
@@ -362,6 +366,8 @@ def _units(x: Tensor) -> list[Tensor]:
 
 
 def _check_end(times: Tensor, process: Process) -> None:
+    if times.ndim != 1:
+        raise ValueError(f"times {tuple(times.shape)}: a bound takes a list (N+1,), not pairs of times")
     if process.exact(times[-1:].double())[1].item() > 0:
         raise ValueError(f"times end at t = {float(times[-1]):g}, where {type(process).__name__} still has noise: a bound "
                          f"takes times that end at clean data (t = {process.t_data:g})")

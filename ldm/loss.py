@@ -92,6 +92,8 @@ class Variational:
         if process.t_data >= 0:
             return [f"the variational term is a sum over steps, and {type(process).__name__} has none; take weight 'vlb', "
                     "which is its limit, or a discrete process (ldm.process.DDPM)"]
+        if process.t_max == process.t_min:
+            return ["the first step takes the variance of the second, and this process has one step; take 2 or more"]
         if variance == "fixed" and not self.alone:
             return ["objective 'hybrid' teaches the variance, which is fixed; take variance 'learned_range', or 'vlb'"]
         return []

@@ -285,6 +285,9 @@ class VP(Process):
     t_min, t_max = 1e-3, 1.0
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not 0 <= beta_min <= beta_max or beta_max == 0:
+            raise UserError(f"VP: beta_min {beta_min}, beta_max {beta_max}: expected 0 <= beta_min <= beta_max, not both "
+                            "0")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,6 +343,8 @@ class RectifiedFlow(Process):
         if isinstance(shift, str) != (tokens is not None):
             raise UserError(f"shift {shift!r} with tokens {tokens}: 'sd3' and 'flux' need tokens, a number takes none")
         self.shift, self.tells = SHIFTS[shift](tokens) if isinstance(shift, str) else shift, tells
+        if not 0 < self.shift < math.inf:
+            raise UserError(f"RectifiedFlow: shift {shift}: expected a number above 0; 1 is none")
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self.shift * t / (1 + (self.shift - 1) * t)
@@ -359,6 +364,8 @@ class EDM(Process):
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, tells: Literal["thousand", "c_noise"] = "thousand"):
+        if not 0 <= sigma_min < sigma_max < math.inf:
+            raise UserError(f"EDM: sigma_min {sigma_min}, sigma_max {sigma_max}: expected 0 <= sigma_min < sigma_max")
         self.t_min, self.t_max, self.tells = sigma_min, sigma_max, tells
 
     def exact(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,8 @@ def orders_of(order: int, final_order: int | None, times: Tensor, process: Proce
     leaves out a share of tau may make this share half of STABLE: 10 even steps are of order 4 4 4 4 3 3 3 2 2 2.
     """
     steps = steps_of(times)
+    if order < 1:
+        raise ValueError(f"order: {order}; a multistep method looks at one step or more")
     if final_order is not None or not process.straight:
         return [min(order, max(order if final_order is None else final_order, left)) for left in range(len(steps), 0, -1)]
     alpha, sigma = process.exact(steps)
@@ -313,6 +315,8 @@ def dpmpp_sde(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, e
         s_noise: factor of the new noise.
         r: where in the step, in lambda, x0 is asked for a second time.
     """
+    if not 0 < r <= 1:
+        raise ValueError(f"r: {r}; the second point is a share of the step above 0, up to 1")
     for step, t, here, there, _ in walk(times, process):
         data = ask(denoise, x, t, step, callback).x0
         if here.alpha > 0 and there.sigma > 0:
@@ -418,6 +422,8 @@ def unipc(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, order
         of: "noise" is UniPC on eps (diffusers' predict_x0=False).
         lower_order_final: the last steps are of order 2, 1.
     """
+    if order < 1:
+        raise ValueError(f"order: {order}; a multistep method looks at one step or more")
     past, before, n = [], None, len(steps_of(times))
     for step, t, here, there, _ in walk(times, process):
         log_snr, now = believed(ask(denoise, x, t, step, callback), here, of)
@@ -521,6 +527,8 @@ def tcd(denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, gamma: 
         gamma: how far below, as a share of the next time (to a whole step, where that is one): 0 is DDIM, 1 goes to the
             data, or the first training step, as ``lcm`` does.
     """
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma: {gamma}; it is a share of the next time, from 0 to 1")
     for step, t, _, there, s in walk(times, process):
         guess = ask(denoise, x, t, step, callback)
         low = (1 - gamma) * s if s > 0 else s

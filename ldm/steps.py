@@ -110,6 +110,7 @@ def exponential(here: Point, there: Point, of: Predicted = "data", eta: float = 
     Both in powers of e^-h = alpha sigma_s / (alpha_s sigma), which is 0 next to an infinite lambda.
     """
     (alpha, sigma), (alpha_s, sigma_s), h = here, there, there.log_snr - here.log_snr
+    check_eta(eta)
     if of == "data" or is_pure(here, of):
         shrink = (alpha * sigma_s) / (alpha_s * sigma)
         unit, length, kept = alpha_s, (1 + eta) * h, sigma_s / sigma * shrink**eta
@@ -230,9 +231,15 @@ def integrals(nodes: list[float], end: float, tau: Callable[[Tensor], Tensor]) -
 # Noise.
 
 
+def check_eta(eta: float) -> None:
+    if not eta >= 0:
+        raise ValueError(f"eta: {eta}; the share of new noise is 0 or more")
+
+
 def ancestral(here: Point, there: Point, eta: float) -> tuple[Point, float]:
     """(down, up): a step to ``down``, then ``up`` times new noise. eta = 1: ``up`` is the deviation of q(x_s | x_t, x0)
     (DDIM, 2010.02502, eq. 16); k-diffusion's ancestral step on any alpha, sigma."""
+    check_eta(eta)
     (alpha, sigma), (alpha_s, sigma_s) = here, there
     ratio = (alpha * sigma_s) / (alpha_s * sigma)
     up = min(sigma_s, eta * sigma_s * max(0.0, 1.0 - ratio**2) ** 0.5)
@@ -298,6 +305,7 @@ def pair(look: Callable[..., Tensor], y: Tensor, log_snr: Tensor, d: Tensor, h: 
 
 def ancestral_lambda(log_snr: Tensor, target: Tensor, eta: float, last: float) -> tuple[Tensor, Tensor]:
     """``ancestral`` on x / alpha for steps of lambda (B,) to ``target``: (down, up), down not beyond ``last``."""
+    check_eta(eta)
     if eta == 0:
         return target, torch.zeros_like(target)
     rho, rho_s = (-log_snr).exp(), (-target).exp()

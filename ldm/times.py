@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldm.common.named import Spec, pick
+from ldm.common.named import Spec, options_of, pick, split
 from ldm.process import Process
 
 Times = Callable[..., Tensor]
@@ -58,7 +58,7 @@ def flow_match(process: Process, n: int, *, shift: float = 3.0, low: float = 0.0
     1 so that the last is this one.
     """
     share = _shift(torch.linspace(1, low, n, dtype=torch.float64), shift)
-    if terminal is not None:
+    if terminal is not None and n > 1:
         share = 1 - (1 - share) * (1 - terminal) / (1 - share[-1])
     return _at_shares(process, torch.cat([share, share.new_zeros(1)]))
 
@@ -70,6 +70,10 @@ def beta(process: Process, n: int, *, alpha: float = 0.6, beta: float = 0.6, sig
     over: the time axis; or n of them over noise levels, or over a flow's own sigma, from sigma_max to sigma_min, then clean
     data (diffusers' use_beta_sigmas). span: see ``karras``.
     """
+    if not (alpha > 0 and beta > 0):
+        raise ValueError(f"times 'beta': alpha {alpha}, beta {beta}; both are above 0")
+    if over == "time" and not sigma_min is sigma_max is span is None:
+        raise ValueError("times 'beta': sigma_min, sigma_max and span go with noise levels; take over 'level'")
     logit = torch.linspace(-60, 60, 400_001, dtype=torch.float64) / min(alpha, beta, 1.0)
     share = torch.sigmoid(logit)  # over which the density is share^alpha (1 - share)^beta, smooth and 0 at the ends
     density = torch.exp(alpha * torch.nn.functional.logsigmoid(logit) + beta * torch.nn.functional.logsigmoid(-logit))
@@ -250,10 +254,10 @@ def make_times(spec: Spec | Sequence[float] | Tensor, process: Process, n: int |
     A list (M + 1,) is what it says where n is None or M; else the logarithms of its noise levels are interpolated to n
     steps, its ends being kept ("align your steps", 2404.14507). Steps (M,2), from where and to where, are what they say.
     """
-    if isinstance(spec, (str, Mapping)):
-        return pick(spec, TIMES, "times")(process, n)
-    times = torch.as_tensor(spec, dtype=torch.float64)
     low, high = min(process.t_data, process.t_min), process.t_max
+    if isinstance(spec, (str, Mapping)):
+        return _named(spec, process, n, low, high)
+    times = torch.as_tensor(spec, dtype=torch.float64)
     pairs = times.ndim == 2 and times.shape[1] == 2
     falling = (times.diff() < 0).all() if pairs or times.ndim == 1 else False
     if not (falling and times.numel() > 1 and times.max() <= high and times.min() >= low):
@@ -262,6 +266,22 @@ def make_times(spec: Spec | Sequence[float] | Tensor, process: Process, n: int |
     if pairs and n not in (None, len(times)):
         raise ValueError(f"times: {len(times)} steps from and to where cannot be brought to {n}; give a list of times")
     return times if pairs or n is None or n == len(times) - 1 else _stretched(process, times, n)
+
+
+def _named(spec: Spec, process: Process, n: int | None, low: float, high: float) -> Tensor:
+    """The times of a name with options. ValueError where options leave nothing that falls from ``high`` to ``low`` at most."""
+    if n is None or n < 1:
+        raise ValueError(f"times: {n} steps; a list that is made by name takes a whole number from 1")
+    call = pick(spec, TIMES, "times")
+    try:
+        times = call(process, n)
+    except ZeroDivisionError:
+        times = torch.full((n + 1,), math.nan)
+    falling = (times.diff() <= 0).all() and low <= times.min() < times.max() <= high  # not with nan
+    if not falling:
+        raise ValueError(f"times: {spec}: with these options they do not fall from {high:g} to {low:g}; leave out the one that "
+                         f"is beyond its range ({', '.join(options_of(TIMES[split(spec)[0]])) or 'there are none'})")
+    return times
 
 
 def _when(process: Process, log_snr: Tensor) -> Tensor:
@@ -337,7 +357,8 @@ def _steps(process: Process, n: int, name: str) -> int:
         raise ValueError(f"times {name!r} belong to discrete processes; {type(process).__name__} takes 'linear'")
     steps = int(process.t_max) + 1
     if n > steps:
-        raise ValueError(f"times {name!r}: {n} steps of a process that has {steps}; take {steps // 2} at most, or 'linear'")
+        raise ValueError(f"times {name!r}: {n} steps of a process that has {steps}; take {max(1, steps // 2)} at most, "
+                         "or 'linear'")
     return steps
 
 
@@ -345,8 +366,9 @@ def _ladder(ladder: Tensor, process: Process, end: End, name: str) -> Tensor:
     """The ladder (N,) walked down, then the end. ValueError where it begins beyond the process."""
     steps = int(process.t_max) + 1
     if ladder[-1] >= steps:
-        raise ValueError(f"times {name!r}: these begin at t = {int(ladder[-1])}, the process ends at {steps - 1}; take a "
-                         f"number of steps that divides {steps}, {steps // 2} at most, or 'linear'")
+        few = f"a number of steps that divides {steps}, {steps // 2} at most, or " if steps > 1 else ""
+        raise ValueError(f"times {name!r}: these begin at t = {int(ladder[-1])}, the process ends at {steps - 1}; take {few}"
+                         "'linear'")
     return _then(ladder.flip(0).double(), process, end)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ldm.process import Process
+from ldm.process import Process, step_posterior
 
 
 class Weight:
@@ -33,7 +33,7 @@ class Weight:
 
     def __call__(self, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
         determinant = (alpha * q - sigma * p).square()
-        return self.scaled(alpha, sigma) / determinant.clamp(min=torch.finfo(alpha.dtype).tiny)  # 0 / 0 where F = x0, sigma = 0
+        return self.scaled(alpha, sigma) / determinant.clamp(min=1e-12)  # of F = x0 it is 0 where sigma is: a finite loss there
 
 
 class Unweighted(Weight):
@@ -112,8 +112,7 @@ class VLB(Weight):
         raise ValueError("weight 'vlb' depends on the step before: take VLB().at(process, t), as diffusion_loss does")
 
     def at(self, process: Process, t: Tensor) -> Weight:
-        exact = t.detach().cpu().double()
-        return _Given(_bound(process, exact) * process.exact(exact)[0].square())
+        return _Given(_bound(process, t.detach().cpu().double()))
 
 
 class Velocity(Weight):
@@ -140,16 +139,23 @@ class _Given(Weight):
 
 
 def _bound(process: Process, t: Tensor) -> Tensor:
-    """The weights of VLB (B,) in fp64."""
+    """The weights of VLB on the error of eps times alpha^2, (B,) in fp64."""
     if process.t_data < 0:
-        t = t.clamp(min=process.t_min + 1)
-        ratio = torch.expm1(2 * (process.log_snr(t - 1) - process.log_snr(t)))
-        return (process.t_max - process.t_min + 1) / 2 * ratio
+        if process.t_max == process.t_min:
+            raise ValueError("weight 'vlb': the first step takes the weight of the second, and this process has one step; take "
+                             "'simple'")
+        step = t.clamp(min=process.t_min + 1)
+        (alpha, _), (alpha_t, sigma_t), (alpha_s, sigma_s) = (process.exact(at) for at in (t, step, step - 1))
+        # (SNR(t-1) / SNR(t) - 1) alpha(t)^2 is SNR(t-1) times the variance of the step, which has a value in pure noise too
+        weight = (alpha_s / sigma_s).square() * step_posterior(alpha_t, sigma_t, alpha_s, sigma_s).beta
+        weight = torch.where(t < step, weight * (alpha / alpha_t).square(), weight)
+        return (process.t_max - process.t_min + 1) / 2 * weight
     length = process.t_max - process.t_min
+    alpha = process.exact(t)[0]
     with torch.enable_grad():  # kept off the ends, where the slope of a flow is infinite
         t = t.clamp(process.t_min + 1e-5 * length, process.t_max - 1e-5 * length).requires_grad_()
         (slope,) = torch.autograd.grad(process.log_snr(t).sum(), t)
-    return -slope * length
+    return -slope * length * alpha.square()
 
 
 class Uncertainty(nn.Module):

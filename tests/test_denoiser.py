@@ -5,8 +5,13 @@ from torch import nn
 
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser, bind, impossible, linear_map
+from ldm.loss import diffusion_loss
+from ldm.networks.dit import DiT
+from ldm.networks.unet import UNet
 from ldm.parameterization import PARAMETERIZATIONS, Preconditioned, target
 from ldm.process import DDPM, log_variance, respaced
+from ldm.samplers import dpmpp_2m
+from ldm.times import linear
 
 EVERY = (*PARAMETERIZATIONS, "previous", "velocity", Preconditioned(0.5))
 PAIRS = [(process, name) for process in PROCESSES for name in EVERY if not impossible(PROCESSES[process], name)]
@@ -145,3 +150,28 @@ def test_half_precision_answers_become_fp32():
     found = Denoiser(Says(torch.ones(1, 1, 2, 2, dtype=torch.bfloat16)), PROCESSES["flow"])(
         torch.ones(1, 1, 2, 2, dtype=torch.bfloat16), torch.tensor([0.5]), Cond())  # fmt: skip
     assert found.x0.dtype is found.eps.dtype is torch.float32
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("latents", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_weights_and_latents_of_any_types_go_together(kind, weights, latents):
+    """As in fp64 up to the digits of the coarser type, for predictions, walks and losses; the text may be of a third type."""
+    torch.manual_seed(0)
+    network = {"unet": lambda: UNet(3, 2, context_dim=6, model_channels=32, channel_mult=[1], num_res_blocks=1, transformer_depth=[1]),
+               "dit": lambda: DiT(3, 2, context_dim=6, width=32, depth=1, heads=2)}[kind]().eval()
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.1)
+    process, t = PROCESSES["flow"], torch.tensor([0.4])
+    x, noise = torch.randn(2, 1, 2, 2, 6, dtype=torch.float64)
+    cond = Cond(torch.randn(1, 3, 6), torch.ones(1, 3, dtype=torch.bool), spatial=torch.randn(1, 1, 2, 6))
+
+    def found(denoiser, x):
+        with torch.no_grad():
+            yield denoiser(x, t, cond).x0
+            yield dpmpp_2m(bind(denoiser, cond), x, linear(process, 3), process)
+            yield diffusion_loss(denoiser, x, cond, t, noise.to(x))
+
+    exact = list(found(Denoiser(network.double(), process), x))
+    for each, truth in zip(found(Denoiser(network.to(weights), process), x.to(latents)), exact, strict=True):
+        assert (each.double() - truth).abs().max() < (1e-4 if {weights, latents} <= {torch.float32, torch.float64} else 0.1)

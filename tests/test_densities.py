@@ -131,3 +131,12 @@ def test_importance_keeps_the_expectation():
 def test_second_moment_needs_steps():
     with pytest.raises(ValueError, match="RectifiedFlow has no steps; take a discrete process"):
         LossSecondMoment().allocate(RectifiedFlow())
+
+
+def test_second_moment_has_a_history_and_survives_losses_of_zero():
+    with pytest.raises(ValueError, match="history 0"):
+        LossSecondMoment(history=0)
+    density = LossSecondMoment(history=1)
+    density.allocate(DDPM("linear", 2))
+    density.observe(torch.tensor([0.0, 1.0]), torch.zeros(2))
+    assert density.shares().tolist() == [0.5, 0.5]

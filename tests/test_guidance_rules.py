@@ -8,6 +8,9 @@ from torch import nn
 from ldm import guidance
 from ldm.cond import Cond
 from ldm.denoiser import Denoiser, bind
+from ldm.networks import layers
+from ldm.networks.dit import DiT
+from ldm.networks.unet import UNet
 from ldm.parameterization import PARAMETERIZATIONS, Prediction, solve, target
 from ldm.samplers import ddim, ddpm, euler
 from ldm.times import linear
@@ -373,3 +376,51 @@ def test_a_prediction_without_spread_is_rescaled_to_itself():
     process, x = PROCESSES["flow"], torch.ones(2, 1, 4, 4)
     flat = says(torch.zeros_like(x), torch.zeros_like(x))
     assert guidance.rescale(flat, flat, process)(x, torch.full((2,), 0.5)).x0.isfinite().all()
+
+
+NETWORKS = {
+    "transformer": lambda: UNet(1, 1, context_dim=6, model_channels=32, channel_mult=[1, 1], num_res_blocks=1, transformer_depth=[1, 1], num_heads=2),
+    "self": lambda: UNet(1, 1, model_channels=32, channel_mult=[1, 1], num_res_blocks=1, transformer_depth=[0, 1], attention="self", num_heads=4),
+    "dit": lambda: DiT(1, 1, context_dim=6, width=32, depth=2, heads=2, positions="rotary", qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_perturbed_attention_is_attention_through_a_mask_of_ones_own_place(kind, monkeypatch):
+    torch.manual_seed(0)
+    network, process, x, t = NETWORKS[kind]().eval().double(), PROCESSES["flow"], torch.randn(2, 1, 4, 8).double(), torch.full((2,), 0.5).double()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    cond = Cond() if kind == "self" else Cond(torch.randn(2, 3, 6).double())
+    plain = guidance.once(bind(Denoiser(network, process), cond))
+    usual, weak = plain(x, t).x0, guidance.perturbed(plain, network)
+    found, guided = weak(x, t).x0, guidance.auto(plain, weak, 2.5)(x, t).x0
+    middle = guidance.perturbed(plain, network.blocks[1] if kind == "dit" else network.middle)(x, t).x0
+    assert torch.equal(bind(Denoiser(network, process), cond)(x, t).x0, usual)  # as before
+    attend = layers.F.scaled_dot_product_attention
+
+    def masked(q, k, v, attn_mask=None):
+        own = torch.eye(q.shape[-2], dtype=torch.bool) if q.shape[-2] == k.shape[-2] else attn_mask
+        return attend(q, k, v, attn_mask=own)
+
+    monkeypatch.setattr(layers.F, "scaled_dot_product_attention", masked)
+    exact = bind(Denoiser(network, process), cond)(x, t).x0
+    assert torch.allclose(found, exact, atol=1e-6) and not torch.allclose(usual, exact, atol=1e-2)
+    assert torch.allclose(guided, exact + 2.5 * (usual - exact), atol=1e-5)
+    assert not torch.allclose(middle, exact, atol=1e-4) and not torch.allclose(middle, usual, atol=1e-4)
+
+
+def test_a_network_without_attention_cannot_be_perturbed():
+    with pytest.raises(ValueError, match="Conv2d has no attention"):
+        guidance.perturbed(gaussian(PROCESSES["flow"]), nn.Conv2d(1, 1, 1))(torch.ones(1, 1, 1, 1), torch.ones(1))
+
+
+@pytest.mark.parametrize(("name", "low", "high", "said"), [
+    ("flow", 200, 800, "low 200, high 800: no time of RectifiedFlow is between them: nothing is guided; its t goes from 0 to 1"), ("flow", 0.8, 0.2, "no time"),
+    ("scaled_linear", 0.2, 0.8, "no time of DDPM is between them: nothing is guided; its t goes from 0 to 999"), ("edm", None, 0.001, "no time of EDM")])
+def test_an_interval_of_another_process_is_told(name, low, high, said, caplog):
+    plan = {"scale": 2.0, "low": low, "high": high, "rescale": None, "channels": None}
+    guidance.planned(None, None, Cond(), Cond(), plan | {"low": None, "high": None}, PROCESSES[name])
+    assert not caplog.records
+    guidance.planned(None, None, Cond(), Cond(), plan, PROCESSES[name])
+    assert said in caplog.text

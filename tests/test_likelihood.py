@@ -136,6 +136,24 @@ def test_bound_is_above_and_comes_down_with_the_steps(name):
     assert gaps[2] < gaps[1] / 5 and gaps[2] < (0.05 if name == "edm" else 0.01)
 
 
+@pytest.mark.parametrize("name", ["edm", "flow", "scaled_linear"])
+def test_a_chain_that_begins_lower_has_a_bound_of_its_own(name):
+    """Its prior is that of the x it begins with: else what noise above takes away of the data would be told by nobody. Of this
+    Gaussian KL(q(x_t) || N(0, alpha^2 + sigma^2)) is what the prior being another costs, whatever the steps."""
+    process = PROCESSES[name]
+    times = karras(process, 400, sigma_max=0.5)
+    alpha, sigma = process.exact(times[:1])
+    own = (alpha * STD).square() + sigma.square()
+    cost = float(normal_kl(alpha * MEAN, own.log(), torch.zeros(1), (alpha.square() + sigma.square()).log()))
+    assert 0 < float(bound_of(process, times).total.mean()) - EXACT - cost < 0.01
+
+
+def test_a_bound_takes_a_list_of_times():
+    process = DDPM()
+    with pytest.raises(ValueError, match="not pairs of times"):
+        bound_of(process, linear(process, 10, overlap=True))
+
+
 @EVERY
 def test_continuous_bound_is_the_limit(name):
     process = PROCESSES[name]
@@ -383,3 +401,12 @@ def test_latents_without_noise_have_no_entropy():
 
 def test_bits():
     assert float(bits_per_dim(torch.tensor(8 * math.log(2.0)), 4)) == pytest.approx(2.0)
+
+
+def test_ode_where_gradients_are_off():
+    """As in the validation of a training loop."""
+    process, x = PROCESSES["flow"], torch.tensor([[[[0.3, 0.9]]]])
+    exact = torch.distributions.Normal(MEAN, STD).log_prob(x).sum()
+    with torch.inference_mode():
+        found = ode_likelihood(gaussian(process), x.clone(), process, probes="exact").log_likelihood
+    assert found.item() == pytest.approx(exact.item(), abs=1e-3)

@@ -29,6 +29,7 @@ from ldm.loss import (
     uniform,
 )
 from ldm.parameterization import PARAMETERIZATIONS, target
+from ldm.process import DDPM
 from ldm.weights import Uncertainty
 
 U = torch.linspace(0, 1 - 2**-24, 10001)
@@ -295,6 +296,7 @@ def test_what_does_not_fit_is_told():
     flow, ddpm = PROCESSES["flow"], PROCESSES["linear"]
     assert "RectifiedFlow has none; take weight 'vlb'" in misfits(flow, "learned", variational=Variational())[0]
     assert "take variance 'learned_range'" in misfits(ddpm, "fixed", variational=Variational())[0]
+    assert "this process has one step" in misfits(DDPM(steps=1), "fixed", variational=Variational("vlb"))[0]
     assert "remove one of them" in misfits(ddpm, "fixed", variational=Variational("vlb"), uncertainty=Uncertainty())[0]
     assert "learned from the bound alone" in misfits(ddpm, "learned_range")[0]
     assert "has no steps" in misfits(flow, "fixed", density=LossSecondMoment())[0]

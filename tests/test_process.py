@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from ldm.betas import SCHEDULES, spaced
 from ldm.common.build import build
+from ldm.common.files import UserError
 from ldm.process import (
     DDPM,
     EDM,
@@ -359,3 +360,10 @@ def test_shift_that_follows_from_the_number_of_tokens():
     for given in ({"shift": "flux"}, {"shift": 3.0, "tokens": 256}):
         with pytest.raises(ValueError, match="need tokens, a number takes none"):
             RectifiedFlow(**given)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(RectifiedFlow, {"shift": 0.0}), (RectifiedFlow, {"shift": -1.0}), (EDM, {"sigma_min": 80.0}),
+                                               (EDM, {"sigma_min": -1.0}), (VP, {"beta_max": 0.05}), (VP, {"beta_min": -1.0})])
+def test_constants_that_cannot_be_are_told(kind, options):
+    with pytest.raises(UserError, match=f"{kind.__name__}: .*{next(iter(options))}"):
+        kind(**options)

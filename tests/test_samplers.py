@@ -581,3 +581,13 @@ def test_latents_in_half_precision(sampler, dtype):
     assert half.dtype is dtype and half.isfinite().all() and set(seen) == {torch.float32}
     if sampler != "dpm_adaptive":  # its steps are other ones
         assert (half.float() - full).abs().max() < (0.02 if dtype is torch.float16 else 0.15)
+
+
+@pytest.mark.parametrize(("sampler", "options"), [
+    ("lms", {"order": 0}), ("deis", {"order": 0}), ("plms", {"order": 0}), ("unipc", {"order": 0}), ("dpmpp_sde", {"r": 0}), ("dpmpp_sde", {"r": -0.5}),
+    ("tcd", {"gamma": -1}), ("ddim", {"eta": -1}), ("dpmpp_2m_sde", {"eta": -0.5}), ("dpm_adaptive", {"eta": -1})])
+@pytest.mark.parametrize("name", ["flow", "scaled_linear"])
+def test_options_beyond_their_range_are_told(name, sampler, options):
+    process, (option, value) = PROCESSES[name], next(iter(options.items()))
+    with pytest.raises(ValueError, match=f"^{option}: {value}; "):
+        SAMPLERS[sampler](gaussian(process), torch.ones(1, 1, 2, 2), linear(process, 4), process, **options)

@@ -256,3 +256,22 @@ def test_lists_for_consistency_models_know_their_steps():
         lcm(DDPM(), 8, trained=4)
     with pytest.raises(ValueError, match="times 'overlap' belong to discrete processes"):
         linear(RectifiedFlow(), 4, overlap=True)
+
+
+@pytest.mark.parametrize("spec", [
+    {"name": "shifted", "shift": 0.0}, {"name": "shifted", "first": 2.0}, {"name": "shifted", "first": 0.0}, {"name": "karras", "rho": 0},
+    {"name": "flow_match", "shift": -1.0}, {"name": "flow_match", "terminal": 1.5}, {"name": "dpm_fast", "order": 0}, {"name": "vp", "beta_d": 0},
+    {"name": "beta", "alpha": 0.0}, {"name": "beta", "beta": -1.0}, {"name": "beta", "sigma_max": 10.0}, {"name": "polyexponential", "rho": -1}])
+def test_options_beyond_their_range_are_told(spec):
+    with pytest.raises(ValueError, match="^times.*" + list(spec)[1]):
+        make_times(spec, PROCESSES["flow"], 6)
+
+
+@pytest.mark.parametrize("n", [0, None])
+def test_a_name_needs_a_number_of_steps(n):
+    with pytest.raises(ValueError, match="a whole number from 1"):
+        make_times("karras", PROCESSES["flow"], n)
+
+
+def test_one_step_to_a_terminal_share_begins_in_noise():
+    assert flow_match(PROCESSES["flow"], 1, terminal=0.1).tolist() == [1, 0]

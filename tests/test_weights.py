@@ -101,9 +101,9 @@ def test_options_of_weights():
 
 
 @pytest.mark.parametrize("weight", ["min_snr", "soft_min_snr", "p2", "sigmoid", "edm", "simple"])
-@pytest.mark.parametrize("parameterization", ["v", "flow"])
+@pytest.mark.parametrize("parameterization", ["v", "flow", "data"])
 def test_weights_are_finite_at_both_ends(weight, parameterization):
-    alpha, sigma = PROCESSES["flow"].coefficients(torch.tensor([0.0, 1e-6, 1.0]))
+    alpha, sigma = PROCESSES["flow"].coefficients(torch.tensor([0.0, 1e-6, 1.0]))  # a uniform number of 24 bits may be 0
     found = WEIGHTS[weight](alpha, sigma, *PARAMETERIZATIONS[parameterization](alpha, sigma))
     assert found.isfinite().all() and (found >= 0).all()
 
@@ -118,6 +118,27 @@ def test_bound_is_that_of_compvis(table):
     found = VLB().at(process, t)(alpha, sigma, *PARAMETERIZATIONS["noise"](alpha, sigma)) / len(t)
     assert torch.allclose(found, SCHEDULES[f"out.{table}.lvlb_weights"].double(), rtol=2e-3)  # theirs divides fp32 differences
     assert torch.allclose(found[1:], 0.5 * torch.expm1(2 * (process.log_snr(t[:-1]) - process.log_snr(t[1:]))))
+
+
+@pytest.mark.parametrize("kind", ["data", "v", "flow", "edm", "velocity", "previous"])
+def test_the_bounds_weight_of_a_step_from_pure_noise(kind):
+    """There alpha = 0, and q(x_s | x_t, x0) = N(alpha_s x0, sigma_s^2): T times the divergence from the same with x0 off by d is
+    T / 2 (alpha_s d / sigma_s)^2."""
+    process = DDPM(steps=20, zero_terminal=True)
+    denoiser = Denoiser(torch.nn.Identity(), process, kind)
+    t, z, off = torch.tensor([19.0]), torch.full((1, 1, 1, 1), 0.4), 0.3
+    alpha, sigma, p, q = denoiser.exact(t)
+    noise = torch.full((1, 1, 1, 1), -0.7)
+    said = (p * (z + off) + q * (noise - alpha / sigma * off)).float()
+    denoiser.raw = lambda x_t, t, cond: said
+    (alpha_s,), (sigma_s,) = process.exact(t.double() - 1)
+    expected = 20 / 2 * (alpha_s * off / sigma_s) ** 2
+    assert diffusion_loss(denoiser, z, Cond(), t, noise, WEIGHTS["vlb"]).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_step_has_no_bound():
+    with pytest.raises(ValueError, match="this process has one step"):
+        VLB().at(DDPM(steps=1), torch.zeros(1))
 
 
 @pytest.mark.parametrize("name", ["vp", "edm", "linear"])

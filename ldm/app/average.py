@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, metavar="RUN", help="run folder that was trained with model.params.snapshots")
     parser.add_argument("--width", required=True, type=float, metavar="S",
                         help="standard deviation of the average as a share of the training, 0.01 to 0.28 (sigma_rel of EDM2)")
-    parser.add_argument("--step", type=int, metavar="N", help="as if training had ended there; default: at the last snapshot")
+    parser.add_argument("--step", type=int, metavar="N", help="as if training had ended at this snapshot; default: at the last")
     parser.add_argument("--out", required=True, metavar="FILE", help="the model, .safetensors or .ckpt")
     parser.add_argument("--trust", action="store_true", help="build what the checkpoint names outside of this program too")
 

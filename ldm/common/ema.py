@@ -44,6 +44,8 @@ class HalfLife:
 
     def keep(self, updates: int, images: int) -> float:
         passed, half = (updates, self.steps) if self.images is None else (images, self.images)
+        if not passed:
+            raise ValueError("EMA half-life in images: update takes the number of images seen so far")
         if self.ramp is not None:
             half = min(half, self.ramp * passed)
         return 0.5 ** (passed / updates / half)
@@ -141,7 +143,8 @@ class Snapshots:
 
 def reconstruct(files: Iterable[Path], width: float, updates: int | None = None) -> dict[str, Tensor]:
     """The average of any ``width`` after ``updates`` steps (None: the last snapshot's), from the files of ``Snapshots``:
-    the trained weights by name, in fp32."""
+    the trained weights by name, in fp32. UserError for a step without a snapshot: its last weights are in none, so that the
+    shares of what there is would not add up to 1."""
     from safetensors import safe_open
 
     about = []
@@ -151,10 +154,15 @@ def reconstruct(files: Iterable[Path], width: float, updates: int | None = None)
         if not {"updates", "width"} <= said.keys():
             raise UserError(f"{file}: this is no snapshot of an average; those are in the run folder, under averages")
         about.append((int(said["updates"]), float(said["width"]), file))
-    about = sorted(one for one in about if updates is None or one[0] <= updates)
     if not about:
-        raise UserError(f"there is no snapshot{'' if updates is None else f' up to step {updates}'} to make an average from; "
-                        "train with model.params.snapshots={target: ldm.common.ema.Snapshots}")
+        raise UserError("there is no snapshot to make an average from; train with "
+                        "model.params.snapshots={target: ldm.common.ema.Snapshots}")
+    steps = sorted({step for step, *_ in about})
+    if updates is not None and updates not in steps:
+        near = min(steps, key=lambda step: abs(step - updates))
+        raise UserError(f"there is no snapshot of step {updates} to make an average from; nearest: {near}; there are "
+                        f"{len(steps)}, from {steps[0]} to {steps[-1]}")
+    about = sorted(one for one in about if updates is None or one[0] <= updates)
     times, widths, paths = zip(*about, strict=True)
     shares = posthoc_coefficients(times, widths, times[-1] if updates is None else updates, width)
     sums: dict[str, Tensor] = {}

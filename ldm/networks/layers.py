@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +168,29 @@ class Attention(nn.Module):
         seen = None if mask is None else mask[:, None, None, :]
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         return self.out(rearrange(h, "b h n d -> b n (h d)"))
+
+
+@contextmanager
+def inattentive(part: nn.Module) -> Iterator[None]:
+    """In the meantime every position of ``part``'s self-attention sees itself alone: the map is the identity, what comes out
+    are the values (PAG, 2403.17377, section 4.1). Attention on a context stays."""
+    def alone(module: nn.Module, given: tuple, named: dict, out: Tensor) -> Tensor:
+        x, *rest = given
+        if isinstance(module, SelfAttention):
+            values = module.qkv(module.norm(x).flatten(2).transpose(1, 2)).chunk(3, dim=-1)[2]
+            return x + module.out(values).transpose(1, 2).reshape(x.shape)
+        on_itself = (rest[0] if rest else named.get("context")) is None
+        return module.out(module.to_v(x)) if on_itself else out
+
+    hooks = [module.register_forward_hook(alone, with_kwargs=True) for module in part.modules()
+             if isinstance(module, (SelfAttention, Attention))]  # fmt: skip
+    if not hooks:
+        raise ValueError(f"{type(part).__name__} has no attention to perturb; take the network, or a part that has some")
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class GEGLU(nn.Module):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.common.ema import Ema, warmed_decay
+from ldm.common.ema import Ema, HalfLife, warmed_decay
 
 
 class Net(nn.Module):
@@ -110,3 +110,9 @@ def test_decay_has_bounds(net, decay):
 def test_an_average_stays_in_eval_mode_inside_of_what_is_trained(net):
     whole = nn.ModuleDict({"net": net, "ema": Ema(net, 0.9)}).train()
     assert net.training and not any(part.training for part in whole["ema"].modules())
+
+
+def test_a_half_life_in_images_asks_for_their_number():
+    module = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="number of images"):
+        Ema(module, HalfLife(images=10)).update(module)

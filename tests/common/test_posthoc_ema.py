@@ -153,8 +153,9 @@ def test_an_average_as_of_an_earlier_step(tmp_path):
     found = reconstruct(files, 0.08, updates=200)["walking"]
     assert torch.equal(found, reconstruct(early.iterdir(), 0.08)["walking"])
     assert torch.allclose(found.double(), ema.shadow.walking, atol=0.5)  # four snapshots of each
-    with pytest.raises(UserError, match="no snapshot up to step 40 to make"):
-        reconstruct(files, 0.08, updates=40)
+    for step, near in ((40, 50), (199, 200), (5000, 400)):  # shares that add up to 0.6 at 199, and to nothing at 5000
+        with pytest.raises(UserError, match=f"no snapshot of step {step} to make an average from; nearest: {near}"):
+            reconstruct(files, 0.08, updates=step)
     with pytest.raises(UserError, match="no snapshot to make an average from; train with"):
         reconstruct([], 0.08)
 
