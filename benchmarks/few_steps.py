@@ -249,7 +249,8 @@ def plot(table: list[dict], path: Path) -> None:
             mine = sorted((row["evaluations"], scale * row[key]) for row in plain
                           if named(row["sampler"]) == name and row[key] is not None)  # fmt: skip
             if mine:
-                panel.plot(*zip(*mine, strict=True), marker="os^vD"[i % 5], color=f"C{i % 10}", label=name)
+                colour = pyplot.get_cmap("tab20")(2 * i % 20 + i // 10)
+                panel.plot(*zip(*mine, strict=True), marker="os^vDP"[i % 6], color=colour, label=name)
         seen = [(row["evaluations"], scale * row[key]) for row in others if row[key] is not None]
         if seen:
             panel.scatter(*zip(*seen, strict=True), marker="x", color="grey", label="other times or intervals", zorder=3)

@@ -33,7 +33,8 @@ class Weight:
 
     def __call__(self, alpha: Tensor, sigma: Tensor, p: Tensor, q: Tensor) -> Tensor:
         determinant = (alpha * q - sigma * p).square()
-        return self.scaled(alpha, sigma) / determinant.clamp(min=1e-12)  # of F = x0 it is 0 where sigma is: a finite loss there
+        weight = self.scaled(alpha, sigma) / determinant.clamp(min=torch.finfo(alpha.dtype).tiny)
+        return weight.clamp(max=1e12)  # the determinant of F = x0 is 0 where sigma is: a finite loss there
 
 
 class Unweighted(Weight):
