@@ -1,13 +1,16 @@
 """FSDP2: weights in shares train as whole ones do, and what is saved is whole."""
 
 import json
+import shutil
 
 import pytest
+import stages as tiny
 import torch
 from forked import PIXELS, pair, torchrun, write
 from pytorch_lightning import Callback
 from pytorch_lightning.strategies import StrategyRegistry
-from stages import differing, second_stage, train
+from stages import differing, second_stage
+from torch.multiprocessing import ProcessExitedException
 
 import ldm
 from ldm.app import stages
@@ -28,6 +31,18 @@ class Forked(Sharded):
 StrategyRegistry.register("fsdp2_fork", Forked, start_method="fork")
 SHARED = dict(world=2, strategy="fsdp2_fork")
 STEPS, HALF = 7, 3
+
+
+def train(folder, *arguments, **options):
+    """Once more where gloo's own thread has crashed (pt_gloo_runloop, in malloc), which torch 2.13's does once in many runs."""
+    try:
+        return tiny.train(folder, *arguments, **options)
+    except ProcessExitedException as crash:
+        if crash.signal_name != "SIGSEGV":
+            raise
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return tiny.train(folder, *arguments, **options)
 
 
 class Weighed(Callback):
