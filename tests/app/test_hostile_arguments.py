@@ -12,13 +12,6 @@ from ldm.__main__ import main
 from main import main as train
 
 
-@pytest.fixture(scope="module")
-def ckpt(bundle, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "model.ckpt"
-    bundle.save(path)
-    return path
-
-
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """Where commands run; `told` sees that nothing beside the output is touched there."""

@@ -13,13 +13,6 @@ from ldm.app import png
 from ldm.common.files import file_sha256
 
 
-@pytest.fixture(scope="module")
-def ckpt(bundle, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    bundle.save(path)
-    return path
-
-
 @pytest.fixture
 def source(tmp_path):
     picture(tmp_path / "a.png", 32, 40)

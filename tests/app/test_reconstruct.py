@@ -20,14 +20,6 @@ MODULE = {"target": "autoencoder.lit.AutoencoderModule"}
 
 
 @pytest.fixture(scope="module")
-def ckpt(bundle, tmp_path_factory) -> str:
-    """f4, trained at 32 x 32, as it says."""
-    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    bundle.save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def alone(bundle, model_config, tmp_path_factory) -> str:
     """Its autoencoder alone, which does not say at what size it was trained."""
     path = tmp_path_factory.mktemp("model") / "ae.safetensors"

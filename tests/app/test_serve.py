@@ -17,13 +17,6 @@ SAID = {"prompt": "a red star", "negative_prompt": "", "n_samples": 2, "seed": 3
         "image": None, "strength": 0.5}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ckpt(bundle, tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    bundle.save(path)
-    return path
-
-
 def arguments(ckpt):
     return make_parser().parse_args(["serve", "--ckpt", str(ckpt)])
 

@@ -19,13 +19,6 @@ from ldm.load import load
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def ckpt(bundle, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    bundle.save(path)
-    return str(path)
-
-
 def command(arguments):
     """`python -m ldm`."""
     terminal.set_up(rank())

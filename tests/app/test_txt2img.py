@@ -20,13 +20,6 @@ ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "tests" / "data" / "parity" / "txt2img_kl" / "clip_tiny"
 
 
-@pytest.fixture(scope="module")
-def ckpt(bundle, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "tiny.ckpt"
-    bundle.save(path)
-    return str(path)
-
-
 def draw(ckpt, outdir, *more):
     """-> the pictures' pixels (N,3,H,W) uint8."""
     assert main(["txt2img", "--ckpt", ckpt, "--outdir", str(outdir), "--device", "cpu", *more]) == 0

@@ -17,6 +17,7 @@ from tiny_pipelines import (
     bert_pipeline,
     dit_pipeline,
     perturbed,
+    saved,
     seeded_call,
     start,
     text_call,
@@ -47,11 +48,8 @@ def made(tmp_path_factory):
 
     def get(name):
         if name not in found:
-            torch.manual_seed(0)
             make, call, *_ = KINDS[name]
-            pipeline = make()
-            pipeline.set_progress_bar_config(disable=True)
-            pipeline.save_pretrained(root / name)
+            pipeline = saved(make, root / name)
             found[name] = root / name, torch.from_numpy(call(pipeline)).permute(0, 3, 1, 2)
         return found[name]
 

@@ -17,6 +17,7 @@ from tiny_pipelines import (
     pix2pix_pipeline,
     pixel_pipeline,
     refiner_pipeline,
+    saved,
     seeded_call,
     start,
     superresolution_pipeline,
@@ -97,11 +98,8 @@ def made(tmp_path_factory):
 
     def get(name):
         if name not in found:
-            torch.manual_seed(0)
             make, call, *_ = KINDS[name]
-            pipeline = make()
-            pipeline.set_progress_bar_config(disable=True)
-            pipeline.save_pretrained(root / name)
+            pipeline = saved(make, root / name)
             found[name] = root / name, pipeline, picture(call(pipeline))
         return found[name]
 

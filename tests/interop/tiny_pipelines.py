@@ -15,6 +15,15 @@ BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", 
 NUMBERS = {"original_size": [[32, 32]], "crop": [[0, 0]], "target_size": [[32, 32]]}
 
 
+def saved(make, folder):
+    """A pipeline, the same every time, and its folder as diffusers writes it."""
+    torch.manual_seed(0)
+    pipeline = make()
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
 def perturbed(module):
     """Weights everywhere, those included that start at zero or one."""
     with torch.no_grad():
